@@ -1,0 +1,62 @@
+# The recipes that people and the continuous integration both run. Needs: python3 with venv, make.
+# A newer Python: make PYTHON=python3.13 demo
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+BENCH  ?= $(sort $(basename $(notdir $(wildcard bench/*.py))))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check fmt bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
+
+# Two stamps: what a user needs, and what the tests need beside it. Each is made once, and made
+# again when a dependency or a pin changes.
+RUN_STAMP  := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+
+venv: $(RUN_STAMP)  ## make .venv and install Comboio into it
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Comboio needs Python 3.11 or later; $$($(PYTHON) --version) is what" \
+	    "'$(PYTHON)' starts. Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu:" \
+	    "sudo apt install python3-venv" >&2; exit 1; }
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(TEST_STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(RUN_STAMP)  ## two workers on this machine write text with the demo model
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
+
+test: $(TEST_STAMP)  ## the whole test suite (PYTEST_ARGS="-k name" for a part)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(TEST_STAMP)  ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: $(TEST_STAMP)  ## put the code into the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(RUN_STAMP)  ## measure this machine (BENCH=hop for one of bench/*.py)
+	@failed=0; for name in $(BENCH); do \
+	  echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py $(BENCH_ARGS) || failed=1; \
+	done; exit $$failed
+
+clean:  ## remove the environment and what the tools left
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

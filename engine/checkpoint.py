@@ -1,0 +1,362 @@
+"""Read a Hugging Face checkpoint by key: its config, and single tensors of its safetensors files.
+
+Nothing is read that nobody asked for: a worker opens only the files that hold its own section, and
+of those only the byte ranges of its own tensors; a hub id downloads only those files. Nothing is
+ever unpickled. Knows no architecture and no layers; `engine.architecture` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from proto.errors import ModelError
+
+DEMO_MODEL: Final = Path(__file__).parent / "demo"
+
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+# The safetensors format allows headers up to 100 MB; no JSON beside a model comes near that.
+_MAX_HEADER_BYTES: Final = 100_000_000
+_MAX_JSON_BYTES: Final = 64 * 2**20
+_READ_BYTES: Final = 16 * 2**20  # per read call, so that progress moves and ctrl-C is heard
+
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+Progress = Callable[[int], None]  # called with bytes just read
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # of its first byte within the file
+    num_bytes: int
+
+
+class Checkpoint:
+    """One checkpoint, in a folder or in the hub cache, opened without reading a tensor."""
+
+    def __init__(self, model: str | None) -> None:
+        """Find the checkpoint's config and its list of tensors.
+
+        Args:
+            model: a folder, a hub id ("org/name"), or None for the demo model.
+        Raises:
+            ModelError: there is no checkpoint there, or one that cannot be read.
+        """
+        self.model = model
+        self._source: _Folder | _Hub = _find(model)
+        self.name = self._source.name
+        self.config_json = self._read_json("config.json", required=True)
+        index = self._read_json(_INDEX, required=False)
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+        self.read_bytes = 0  # of tensors, so far
+        if index is not None:
+            self._files = _checked_weight_map(index, self.name)
+            listing = json.dumps(self._files, sort_keys=True)
+        elif self._source.locate(_SINGLE) is not None:
+            entries = self._header(_SINGLE)
+            self._files = dict.fromkeys(entries, _SINGLE)
+            listing = json.dumps({key: str(entries[key]) for key in sorted(entries)})
+        else:
+            raise ModelError(self._source.why_no_weights())
+        config = json.dumps(self.config_json, sort_keys=True)
+        self.fingerprint = hashlib.sha256(f"{config}\n{listing}".encode()).hexdigest()[:32]
+
+    @property
+    def folder(self) -> Path:
+        """Where config and tokenizer files lie."""
+        return self._source.folder
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all tensors, also of those in files that are not here."""
+        return iter(self._files)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def entry(self, key: str) -> TensorEntry:
+        """Where a tensor lies; reads (or downloads) the file's header if it was not yet."""
+        file = self._files[key]
+        try:
+            return self._header(file)[key]
+        except KeyError:
+            raise ModelError(
+                f"{self._source.describe(file)} does not hold tensor {key!r}, "
+                f"though {_INDEX} says so: the checkpoint is damaged, fetch it again"
+            ) from None
+
+    def read(self, key: str, progress: Progress | None = None) -> Tensor:
+        """Read one tensor from disk, and nothing else.
+
+        Raises:
+            ModelError: the file ends before the tensor does; names both.
+        """
+        entry = self.entry(key)
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        view = data.numpy().data
+        path = self._path(entry.file)
+        done = 0
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            while done < entry.num_bytes:
+                count = file.readinto(view[done : done + _READ_BYTES])
+                if not count:
+                    raise _truncated(path, key, entry, os.fstat(file.fileno()).st_size)
+                done += count
+                if progress is not None:
+                    progress(count)
+        self.read_bytes += done
+        return data.view(entry.dtype).view(entry.shape)
+
+    def map(self, key: str) -> Tensor:
+        """One tensor as a private mapping of its file: pages are read as they are touched.
+
+        Raises:
+            ModelError: the file ends before the tensor does; names both.
+        """
+        entry = self.entry(key)
+        path = self._path(entry.file)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if entry.offset + entry.num_bytes > size:
+                raise _truncated(path, key, entry, size)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = entry.num_bytes // entry.dtype.itemsize
+        flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.offset)
+        return flat.view(entry.shape)
+
+    def optional_json(self, file: str) -> dict[str, Any] | None:
+        """A JSON file that need not be there."""
+        parsed: dict[str, Any] | None = self._read_json(file, required=False)
+        return parsed
+
+    @property
+    def tokenizer_source(self) -> str:
+        """What to give transformers to find the tokenizer: the folder, or the hub id."""
+        return self._source.repo if isinstance(self._source, _Hub) else str(self.folder)
+
+    def _header(self, file: str) -> dict[str, TensorEntry]:
+        if file not in self._headers:
+            self._headers[file] = _read_header(self._path(file), file)
+        return self._headers[file]
+
+    def _path(self, file: str) -> Path:
+        path = self._source.locate(file)
+        if path is None:
+            raise ModelError(
+                f"{self._source.describe(file)} is missing, and this section needs tensors of it: "
+                "fetch it, or point --model at a complete checkpoint"
+            )
+        return path
+
+    def _read_json(self, file: str, *, required: bool) -> Any:
+        path = self._source.locate(file)
+        if path is None:
+            if required:
+                raise ModelError(self._source.why_no_config())
+            return None
+        try:
+            if path.stat().st_size > _MAX_JSON_BYTES:
+                raise ModelError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a {file}")
+            parsed = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as exc:
+            raise ModelError(f"{path} is not valid JSON ({exc}): fetch it again") from exc
+        except OSError as exc:
+            raise ModelError(f"{path} cannot be read: {exc.strerror}") from exc
+        if not isinstance(parsed, dict):
+            raise ModelError(f"{path} holds no JSON object: fetch it again")
+        return parsed
+
+
+class _Folder:
+    """A checkpoint in a folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.resolve().name
+
+    def locate(self, file: str) -> Path | None:
+        path = self.folder / file
+        return path if path.is_file() else None
+
+    def describe(self, file: str) -> str:
+        return str(self.folder / file)
+
+    def why_no_config(self) -> str:
+        if not any(self.folder.iterdir()):
+            return f"{self.folder} is empty: --model wants a folder with config.json and weights"
+        return f"{self.folder} holds no config.json: it is not a Hugging Face checkpoint"
+
+    def why_no_weights(self) -> str:
+        pickled = sorted(it.name for it in self.folder.glob("*.bin"))
+        if pickled:
+            return _pickled(str(self.folder), pickled[0])
+        return (
+            f"{self.folder} holds neither {_SINGLE} nor {_INDEX}: "
+            "the weights are missing, fetch the checkpoint again"
+        )
+
+
+class _Hub:
+    """A checkpoint named by its hub id; files come from the hub cache, or are downloaded to it."""
+
+    def __init__(self, repo: str) -> None:
+        self.repo, self.name = repo, repo
+        self._revision: str | None = None
+        config = self.locate("config.json")
+        if config is None:
+            raise ModelError(self.why_no_config())
+        self.folder = config.parent
+        # All files of one commit, even if the hub moves on while this runs.
+        if self.folder.parent.name == "snapshots":
+            self._revision = self.folder.name
+
+    def locate(self, file: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            return Path(hf_hub_download(self.repo, file, revision=self._revision))
+        except (LocalEntryNotFoundError, EntryNotFoundError):
+            return None
+        except HFValidationError as exc:
+            raise ModelError(
+                f"--model {self.repo!r} is neither a folder nor a hub id like 'org/name'"
+            ) from exc
+        except (HfHubHTTPError, OSError) as exc:
+            reason = str(exc).splitlines()[0]
+            raise ModelError(f"{file} of {self.repo} could not be downloaded: {reason}") from exc
+
+    def describe(self, file: str) -> str:
+        return f"{file} of {self.repo}"
+
+    def why_no_config(self) -> str:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        where = "in the hub cache (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "on the hub"
+        return f"--model {self.repo!r} is no folder here, and no such model was found {where}"
+
+    def why_no_weights(self) -> str:
+        if self.locate("pytorch_model.bin") or self.locate("pytorch_model.bin.index.json"):
+            return _pickled(self.repo, "pytorch_model.bin")
+        return f"{self.repo} has no safetensors weights in the hub cache or on the hub"
+
+
+def _find(model: str | None) -> _Folder | _Hub:
+    if model is None:
+        return _Folder(DEMO_MODEL)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _Folder(path)
+    if path.exists():
+        raise ModelError(
+            f"--model {model} is a file: name the folder that holds config.json and the weights"
+        )
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise ModelError(f"--model {model}: there is no such folder")
+    return _Hub(model)
+
+
+def _truncated(path: Path, key: str, entry: TensorEntry, size: int) -> ModelError:
+    return ModelError(
+        f"{path} is truncated: tensor {key!r} needs bytes {entry.offset} to "
+        f"{entry.offset + entry.num_bytes}, the file has {size}; fetch it again"
+    )
+
+
+def _pickled(where: str, file: str) -> str:
+    return (
+        f"{where} holds {file} but no safetensors: pickled weights are never loaded; convert them "
+        "where you trust them, with transformers: "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+    )
+
+
+def _checked_weight_map(index: dict[str, Any], name: str) -> dict[str, str]:
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ModelError(f"{_INDEX} of {name} has no weight_map: fetch it again")
+    for key, file in files.items():
+        # A name from a checkpoint must not lead out of its folder.
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+            raise ModelError(
+                f"{_INDEX} of {name} puts {key!r} into {file!r}: not a plain file name"
+            )
+        if not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{_INDEX} of {name} puts {key!r} into {file!r}, which is not a safetensors file"
+            )
+    return files
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorEntry]:
+    """The tensors that one safetensors file announces, checked against the format's rules.
+
+    Format: 8 bytes little-endian header length, JSON header, data
+    (https://github.com/huggingface/safetensors#format).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            raise ModelError(
+                f"{path} is not a safetensors file, or is truncated in its header: "
+                f"{size} bytes, a header of {length} announced; fetch it again"
+            )
+        try:
+            header = json.loads(opened.read(length))
+        except (ValueError, RecursionError) as exc:
+            raise ModelError(f"{path} has a damaged header ({exc}): fetch it again") from exc
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} has a damaged header (no JSON object): fetch it again")
+    header.pop("__metadata__", None)
+    return {key: _entry(path, file, key, said, 8 + length) for key, said in header.items()}
+
+
+def _entry(path: Path, file: str, key: str, said: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype = _DTYPES[said["dtype"]]
+        shape = tuple(int(size) for size in said["shape"])
+        start, stop = (int(offset) for offset in said["data_offsets"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ModelError(f"{path}: tensor {key!r} has an unreadable entry ({said!r})") from exc
+    count = 1
+    for axis in shape:
+        count *= axis
+    if start < 0 or min(shape, default=0) < 0 or stop - start != count * dtype.itemsize:
+        raise ModelError(
+            f"{path}: tensor {key!r} of shape {list(shape)} {said['dtype']} does not fit "
+            f"its {stop - start} bytes: the file is damaged, fetch it again"
+        )
+    return TensorEntry(file, dtype, shape, data_start + start, stop - start)

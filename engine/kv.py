@@ -1,0 +1,124 @@
+"""Hold the keys and values of one lease, in blocks of fixed size.
+
+Knows tensors and block ids only. Which sequence owns which block is decided in the manager
+(`engine.blocks`); here a block table is taken at its word after its bounds are checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from proto.errors import RemoteProtocolError
+
+# Tokens per block. Small enough that a short sequence wastes little and that prefixes are shared
+# finely, large enough that a table of 16k tokens is 1024 entries (4 KiB beside each step).
+BLOCK_TOKENS: Final = 16
+
+# Where one attention call reads and writes: (global layer index, how many calls came before it
+# within that layer). Almost every architecture calls attention once a layer.
+Site = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteShape:
+    """What one attention call keeps per token."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers kept per token: keys and values of all heads."""
+        return self.num_heads * (self.key_size + self.value_size)
+
+
+class BlockCache:
+    """Keys and values of every attention call of one stage, for the sequences of one lease.
+
+    Each site holds two tensors of shape (num_blocks, BLOCK_TOKENS, heads, size). They are
+    allocated without being written, so the operating system hands out pages as blocks fill.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[Site, SiteShape],
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self._keys: dict[Site, Tensor] = {}
+        self._values: dict[Site, Tensor] = {}
+        for site, shape in shapes.items():
+            rows = (num_blocks * BLOCK_TOKENS, shape.num_heads)
+            self._keys[site] = torch.empty(*rows, shape.key_size, dtype=dtype, device=device)
+            self._values[site] = torch.empty(*rows, shape.value_size, dtype=dtype, device=device)
+
+    def write(self, site: Site, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put the (tokens, heads, size) `keys` and `values` into the token slots (tokens,)."""
+        self._keys[site].index_copy_(0, slots, keys)
+        self._values[site].index_copy_(0, slots, values)
+
+    def read(self, site: Site, span: KvSpan) -> tuple[Tensor, Tensor]:
+        """The (tokens, heads, size) keys and values of one sequence; a view where it can be."""
+        keys, values = self._keys[site], self._values[site]
+        if span.rows is None:
+            return keys[span.start : span.stop], values[span.start : span.stop]
+        return keys.index_select(0, span.rows), values.index_select(0, span.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpan:
+    """The token slots of one sequence, from its first position that is read to its last.
+
+    A table of consecutive blocks is a plain slice [start, stop), read without a copy; any other
+    names every slot in `rows`.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor | None
+
+
+def token_slots(blocks: Tensor, first: int, stop: int) -> Tensor:
+    """The slots (stop - first,) int64 of positions [first, stop) under a block table."""
+    positions = torch.arange(first, stop)
+    return blocks[positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS
+
+
+def span_of(blocks: Tensor, first: int, stop: int, device: torch.device) -> KvSpan:
+    """The span of positions [first, stop) under a block table (num_blocks,) int64."""
+    low, high = first // BLOCK_TOKENS, (stop - 1) // BLOCK_TOKENS
+    base = int(blocks[low])
+    if high == low or bool((blocks[low + 1 : high + 1] - blocks[low:high] == 1).all()):
+        offset = (base - low) * BLOCK_TOKENS
+        return KvSpan(first + offset, stop + offset, None)
+    return KvSpan(0, stop - first, token_slots(blocks, first, stop).to(device))
+
+
+def check_table(blocks: Tensor, stop: int, num_blocks: int) -> None:
+    """Refuse a block table that is too short for `stop` tokens or names blocks not leased.
+
+    Raises:
+        RemoteProtocolError: the table comes from the wire, so this is the peer's mistake.
+    """
+    if stop > len(blocks) * BLOCK_TOKENS:
+        raise RemoteProtocolError(
+            f"a block table of {len(blocks)} blocks of {BLOCK_TOKENS} tokens cannot hold {stop}"
+        )
+    if len(blocks) and (int(blocks.min()) < 0 or int(blocks.max()) >= num_blocks):
+        raise RemoteProtocolError(
+            f"a block table names blocks {int(blocks.min())} to {int(blocks.max())}, "
+            f"the lease has {num_blocks}"
+        )
+
+
+def block_bytes(shapes: dict[Site, SiteShape], dtype: torch.dtype) -> int:
+    """Bytes of one block over all attention calls of a stage."""
+    per_token = sum(shape.values_per_token for shape in shapes.values())
+    return per_token * BLOCK_TOKENS * dtype.itemsize

@@ -1,0 +1,1 @@
+"""The process that owns requests and jobs, and the one command line."""

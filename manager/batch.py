@@ -1,0 +1,233 @@
+"""`manager batch`: a file of prompts, many at once, results in input order.
+
+Options become a `BatchConfig`; `run` reads like the command does. What is in the file of prompts
+stands in `manager.prompts`, where results go in `manager.results`, how rows run in
+`manager.batch_run`, what is measured in `manager.metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from manager import event_loop
+from manager.batch_run import longest, run_rows
+from manager.cli import Interrupted
+from manager.generation import GenerationOptions
+from manager.metrics import summary
+from manager.options import ConnectionConfig, connection_options, sampling_options
+from manager.output import Notices
+from manager.prompts import PLAIN, Row, Template, read_prompts
+from manager.results import Results, open_results
+from proto.errors import Error, UsageError
+
+if TYPE_CHECKING:
+    from manager.pipeline import Pipeline
+
+DEFAULT_BATCH_SIZE: Final = 16
+DEFAULT_NEW_TOKENS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """What `manager batch` was asked for."""
+
+    prompts: Path
+    options: GenerationOptions
+    connection: ConnectionConfig
+    batch_size: int = DEFAULT_BATCH_SIZE
+    iters: int = 1
+    template: Template = PLAIN
+    output: Path | None = None  # None: stdout
+    overwrite: bool = False
+    metrics: Path | None = None
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.as_json and self.output is None:
+            raise UsageError(
+                "--json prints the metrics on stdout, where the results go: "
+                "pass --output FILE for these."
+            )
+        if self.overwrite and self.output is None:
+            raise UsageError("--overwrite replaces a file: pass --output FILE as well.")
+        for option, path in (("--metrics", self.metrics), ("--trace", self.connection.trace)):
+            if path is not None and not path.parent.is_dir():
+                raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
+            if path is not None and path.is_dir():
+                raise UsageError(f"{option} {path} is a folder: name a file.")
+
+
+@click.command()
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help=".txt: a prompt a line; .jsonl: objects with prompt or messages, and options of the row.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=DEFAULT_BATCH_SIZE,
+    show_default=True,
+    metavar="N",
+    help="How many sequences run at once.",
+)
+@click.option(
+    "--iters",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Run all prompts so often. Results are the first run's, metrics of all.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="F.jsonl",
+    help="Where results go, in input order; resumed when interrupted. Default: stdout.",
+)
+@click.option("--overwrite", is_flag=True, help="Begin anew where results are there already.")
+@click.option(
+    "--metrics",
+    type=click.Path(path_type=Path),
+    metavar="F.json",
+    help="Write tokens/s, latencies, and what workers and manager used.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics on stdout.")
+@sampling_options
+@click.option("--chat", is_flag=True, help="A prompt is a message, in the model's chat template.")
+@click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
+@click.option("--base-model", metavar="DIR|HUB_ID", help="The same as --model.")
+@click.option("--adapter", metavar="DIR", help="Comes with fine-tuning; refused until then.")
+@connection_options
+def batch(
+    connection: ConnectionConfig,
+    base_model: str | None,
+    adapter: str | None,
+    chat: bool,
+    system: str | None,
+    **values: Any,
+) -> None:
+    """Run a file of prompts, many at once, and write one result a line in input order.
+
+    A batch that was interrupted goes on where it ended when the same command is run again.
+    Exit code 1 when any row failed; its result says why.
+    """
+    if adapter is not None:
+        raise UsageError(
+            f"--adapter {adapter}: adapters come with fine-tuning, which is not there yet; "
+            "leave it out to run the base model."
+        )
+    config = BatchConfig(
+        connection=_with_model(connection, base_model),
+        template=Template(chat=chat, system=system),
+        **values,
+    )
+    rows = read_prompts(config.prompts, config.options, config.template)
+    with open_results(config.output, rows, overwrite=config.overwrite) as results:
+        try:
+            event_loop.run(run(config, rows, results))
+        except Interrupted as exc:
+            exc.args = (f"interrupted: {results.kept}",)
+            raise
+
+
+async def run(config: BatchConfig, rows: Sequence[Row], results: Results) -> None:
+    """Run the rows that are not done, measure, and say how it went.
+
+    Raises:
+        Error: in one sentence, which says what is kept; also when any row failed.
+    """
+    from manager.connection import open_pipeline
+
+    notices = Notices()
+    try:
+        async with open_pipeline(
+            config.connection,
+            notices,
+            max_sequences=min(config.batch_size, len(rows)),
+            max_tokens_hint=lambda encoder: longest(rows, encoder),
+        ) as pipeline:
+            results.begin(
+                {**identity(pipeline), **asdict(config.options), **asdict(config.template)}
+            )
+            num_kept = len(results.done)
+            if num_kept:
+                notices.say(f"going on: {num_kept} of {len(rows)} rows are done already")
+            measured = await run_rows(
+                pipeline,
+                rows,
+                results,
+                batch_size=config.batch_size,
+                iterations=config.iters,
+                notices=notices,
+            )
+    finally:
+        notices.clear()
+    report = {
+        "prompts": str(config.prompts),
+        "rows": len(rows),
+        "resumed_rows": num_kept,
+        "iterations": config.iters,
+        "batch_size": config.batch_size,
+        "options": asdict(config.options),
+        **measured,
+    }
+    publish(config, report, notices)
+    if results.num_failed:
+        where = "the results" if config.output is None else config.output
+        raise Error(f"{results.num_failed} of {len(rows)} rows failed: {where} has why, row by row")
+
+
+def identity(pipeline: Pipeline) -> dict[str, Any]:
+    """The model that every text of the batch depends on."""
+    facts = pipeline.workers[0]
+    return {
+        "model": pipeline.model_name,
+        "fingerprint": facts.fingerprint,
+        "dtype": facts.dtype,
+    }
+
+
+def publish(config: BatchConfig, report: dict[str, Any], notices: Notices) -> None:
+    """Say how it went, and write the metrics where they were asked for.
+
+    Raises:
+        Error: the metrics cannot be written.
+    """
+    notices.say(summary(report))
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    if config.metrics is not None:
+        try:
+            config.metrics.write_text(text, encoding="utf-8")
+        except OSError as exc:
+            raise Error(f"cannot write --metrics {config.metrics}: {exc.strerror}") from exc
+    if config.as_json:
+        print(text, end="", flush=True)
+
+
+def _with_model(connection: ConnectionConfig, base_model: str | None) -> ConnectionConfig:
+    if base_model is None:
+        return connection
+    if connection.model not in (None, base_model):
+        raise UsageError(
+            f"--model {connection.model} and --base-model {base_model} name different models: "
+            "they mean the same, pass one."
+        )
+    return replace(connection, model=base_model)
+
+
+def _set_default(command: click.Command, name: str, default: object) -> None:
+    """This command's own default of an option that it shares with others."""
+    option = next(it for it in command.params if it.name == name)
+    option.default = default
+
+
+_set_default(batch, "max_new_tokens", DEFAULT_NEW_TOKENS)

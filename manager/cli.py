@@ -1,0 +1,216 @@
+"""The `manager` command: its subcommands by name, settings, errors and exit codes.
+
+Imports nothing but click and `proto` until a subcommand is chosen, so that `manager --help`
+answers at once. What a subcommand does stands in the module named beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from proto.errors import Error
+from proto.settings import find_settings, read_settings_file, settings_file
+
+# name -> (module, attribute, what `manager --help` says of it)
+COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
+    "generate": ("manager.generate", "generate", "Continue a prompt; text streams as it comes."),
+    "batch": ("manager.batch", "batch", "Run a file of prompts, many at once."),
+    "workers": ("manager.workers", "workers", "Show which worker holds what, and how it fares."),
+    "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
+}
+
+EXIT_DONE: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130  # as shells report a command that SIGINT ended
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended the command; everything it held is released."""
+
+    def __init__(self, exit_code: int = EXIT_INTERRUPTED) -> None:
+        self.exit_code = exit_code
+        super().__init__("interrupted")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), attribute)
+        if not any(parameter.name == "debug" for parameter in command.params):
+            command.params.append(debug_option())
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
+
+
+def debug_option() -> click.Option:
+    """`--debug`, before or after the subcommand's name."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.find_root().meta["debug"] = True
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        callback=remember,
+        help="Show the traceback of an error.",
+    )
+
+
+def version_option() -> click.Option:
+    """`--version`, read from the installed distribution."""
+
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            from importlib.metadata import PackageNotFoundError, version
+
+            try:
+                click.echo(f"comboio {version('comboio')}")
+            except PackageNotFoundError:
+                click.echo("comboio, from a source folder that is not installed")
+            ctx.exit()
+
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=show,
+        help="Show the version and exit.",
+    )
+
+
+def load_settings(ctx: click.Context, name: str) -> None:
+    """Put environment and comboio.toml behind the options of subcommand `name`."""
+    file = read_settings_file(settings_file(os.environ))
+    own = _setting_names(ctx, name)
+    known = set(own)
+    if file.tables.get("manager"):  # its keys may belong to any subcommand
+        known = known.union(*(_setting_names(ctx, other) for other in COMMANDS))
+    found = find_settings("manager", known, file=file, environ=os.environ)
+    settings = {key: setting for key, setting in found.items() if key in own}
+    ctx.default_map = {name: {key: setting.value for key, setting in settings.items()}}
+    ctx.meta["origins"] = {key: setting.origin for key, setting in settings.items()}
+
+
+def _setting_names(ctx: click.Context, name: str) -> set[str]:
+    group = ctx.command
+    assert isinstance(group, click.Group)
+    command = group.get_command(ctx, name)
+    options = command.params if command else []
+    return {p.name for p in options if isinstance(p, click.Option) and p.name and p.expose_value}
+
+
+def _enter(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand in COMMANDS:
+        load_settings(ctx, ctx.invoked_subcommand)
+
+
+CONTEXT_SETTINGS: Final[dict[str, Any]] = {
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+
+manager = LazyGroup(
+    name="manager",
+    callback=click.pass_context(_enter),
+    params=[debug_option(), version_option()],
+    context_settings=CONTEXT_SETTINGS,
+    help="Run a language model over the workers that hold its layers.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: run, say what went wrong in one line, leave with its exit code."""
+    ctx_meta: dict[str, Any] = {}
+    try:
+        with manager.make_context(
+            "manager", list(sys.argv[1:] if arguments is None else arguments)
+        ) as ctx:
+            ctx_meta = ctx.meta
+            manager.invoke(ctx)
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as exc:  # the one place where errors become words
+        _leave(exc, debug=bool(ctx_meta.get("debug")), origins=ctx_meta.get("origins", {}))
+    sys.exit(EXIT_DONE)
+
+
+def _leave(exc: BaseException, *, debug: bool, origins: dict[str, str]) -> NoReturn:
+    if isinstance(exc, click.exceptions.Exit):
+        sys.exit(exc.exit_code)
+    if isinstance(exc, BrokenPipeError):
+        _forget_stdout()
+        sys.exit(EXIT_FAILED)
+    if debug:
+        import traceback
+
+        traceback.print_exception(type(exc), exc, exc.__traceback__)
+    if isinstance(exc, click.exceptions.NoArgsIsHelpError):
+        click.echo(exc.format_message(), err=True)
+        sys.exit(exc.exit_code)
+    if isinstance(exc, click.ClickException):
+        say(_click_message(exc, origins))
+        sys.exit(exc.exit_code)
+    if isinstance(exc, Error):
+        say(str(exc))
+        sys.exit(exc.exit_code)
+    if isinstance(exc, Interrupted):
+        say(str(exc))
+        sys.exit(exc.exit_code)
+    if isinstance(exc, (KeyboardInterrupt, click.Abort)):
+        say("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    say(f"{type(exc).__name__}: {exc} (a fault in Comboio; --debug shows where)")
+    sys.exit(EXIT_FAILED)
+
+
+def say(sentence: str) -> None:
+    """One line on stderr, whatever the text was broken into."""
+    try:
+        click.echo("manager: " + " ".join(sentence.split()), err=True)
+    except OSError:
+        pass  # nobody reads stderr; the exit code still tells
+
+
+def _click_message(exc: click.ClickException, origins: dict[str, str]) -> str:
+    message = exc.format_message()
+    if isinstance(exc, click.BadParameter) and exc.param is not None and exc.ctx is not None:
+        name = exc.param.name or ""
+        source = exc.ctx.get_parameter_source(name)
+        # click notes the source before it converts the value, in some releases only after.
+        if source in (None, ParameterSource.DEFAULT_MAP) and name in origins:
+            message = f"{message.rstrip('.')} (from {origins[name]})."
+    return message
+
+
+def _forget_stdout() -> None:
+    """Whoever read stdout is gone: keep the interpreter's last flush from complaining."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Between requests and steps: feeds the scheduler with events and turns its commands into acts.
+
+Owns the live requests. Knows the step writer that sends, not the links behind it; time is the
+monotonic clock. What happens when a worker is lost is decided in `lose`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+from engine.requests import (
+    Cancelled,
+    Event,
+    Finished,
+    Generated,
+    Refused,
+    Request,
+    RunStep,
+    Stats,
+    StepReturned,
+    Stopped,
+    Submitted,
+    TopologyLost,
+)
+from engine.scheduler import Scheduler
+from manager.encoding import Prompt
+from manager.generation import GenerationOptions
+from manager.sequences import ActiveSequence
+from manager.steps import StepWriter
+from manager.text import Vocabulary
+from proto.errors import Error, RequestRefused, UsageError
+from proto.messages import Drawn, StepDone, StepReport
+
+
+class Trace(Protocol):
+    """Somebody who writes down when each step was where. Times are `time.monotonic()`."""
+
+    def step_issued(self, step: int, at_s: float, num_tokens: int) -> None:
+        """A step goes to the first worker now."""
+
+    def step_returned(self, step: int, at_s: float, stage_s: Sequence[float]) -> None:
+        """Its tokens are here; `stage_s` are the stages' compute seconds, in order."""
+
+    def report(self, worker: str, report: StepReport, clock_offset_s: float) -> None:
+        """When a step passed the worker at this address, by its own clock: ours plus the offset."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedStep:
+    """A step that has not returned yet."""
+
+    command: RunStep
+    at_s: float
+
+
+class Dispatcher:
+    """The live requests of one pipeline."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        writer: StepWriter,
+        vocabulary: Vocabulary,
+        *,
+        eos: frozenset[int],
+        prompt_salt: Callable[[int], int | str],
+        trace: Trace | None = None,
+    ) -> None:
+        self._scheduler, self._writer = scheduler, writer
+        self._vocabulary, self._eos, self._prompt_salt = vocabulary, eos, prompt_salt
+        self._trace = trace
+        self._numbers = count()
+        self._active: dict[int, ActiveSequence] = {}
+        self._issued: dict[int, IssuedStep] = {}
+        self._refusals: dict[int, str] = {}
+        self._lost: Error | None = None
+
+    def stats(self) -> Stats:
+        """What the scheduler holds right now."""
+        return self._scheduler.stats()
+
+    @property
+    def lost(self) -> Error | None:
+        """Why no request can run any more, once that is so."""
+        return self._lost
+
+    def submit(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> ActiveSequence:
+        """Start a request; its pieces come by themselves.
+
+        Args:
+            on_prefill: called with (prompt tokens computed, prompt tokens) while a prompt is read.
+        Raises:
+            RequestRefused: it can never run; says the numbers.
+            WorkerLost: a worker went away before.
+        """
+        if self._lost is not None:
+            raise self._lost
+        number = next(self._numbers)
+        sequence = ActiveSequence(number, prompt, options, self._vocabulary, time.monotonic())
+        sequence.on_prefill = on_prefill
+        self._active[number] = sequence
+        request = Request(
+            sequence=number,
+            prompt=prompt.token_ids,
+            max_new_tokens=options.max_new_tokens,
+            eos=(frozenset() if options.ignore_eos else self._eos).union(options.stop_token_ids),
+            prompt_salt=self._prompt_salt(len(prompt.token_ids)),
+        )
+        self._apply(Submitted(request))
+        refusal = self._refusals.pop(number, None)
+        if refusal is not None:
+            raise RequestRefused(refusal)
+        return sequence
+
+    def cancel(self, sequence: ActiveSequence) -> None:
+        """Nobody waits for it any more; does nothing when it is over."""
+        if sequence.number in self._active:
+            self._apply(Cancelled(sequence.number))
+
+    def step_done(self, done: StepDone) -> None:
+        """The last worker sent what was drawn."""
+        issued = self._issued.pop(done.step, None)
+        if issued is None:
+            return  # of a topology that is no more
+        now_s = time.monotonic()
+        if self._trace is not None:
+            self._trace.step_returned(done.step, now_s, done.compute_s)
+        self._tell_prefill(issued.command)
+        event = StepReturned(
+            step=done.step,
+            tokens={drawn.sequence: drawn.token for drawn in done.drawn},
+            faults={f.sequence: f"worker {f.worker}: {f.reason}" for f in done.faults},
+            stage_s=tuple(done.compute_s),
+            elapsed_s=now_s - issued.at_s,
+        )
+        self._apply(event, {drawn.sequence: drawn for drawn in done.drawn})
+
+    def lose(self, error: Error) -> None:
+        """A worker is gone: every request ends here, with the text that it has.
+
+        A later policy mends the chain instead, and says `TopologyRestored` to the scheduler,
+        which keeps its sequences until then.
+        """
+        if self._lost is not None:
+            return
+        self._lost = error
+        self._issued.clear()
+        self._apply(TopologyLost())
+        self._end_active("error", str(error))
+
+    def end_all(self, reason: str) -> None:
+        """The pipeline is being closed: whoever still waits gets the text so far."""
+        self._lost = self._lost or UsageError(f"{reason}: no request can run.")
+        self._end_active("cancelled", reason)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _end_active(self, reason: str, error: str) -> None:
+        now_s = time.monotonic()
+        for number, sequence in tuple(self._active.items()):
+            sequence.finish(reason, error, now_s=now_s)
+            self._apply(Cancelled(number))
+
+    def _apply(self, event: Event, drawn: dict[int, Drawn] | None = None) -> None:
+        """Feed one event and do what comes of it; stop texts seen on the way are events again."""
+        stopped: list[int] = []
+        for command in self._scheduler.handle(event):
+            match command:
+                case RunStep():
+                    self._issue(command)
+                case Generated(sequence=number, token=token):
+                    if self._take(number, token, drawn or {}):
+                        stopped.append(number)
+                case Finished():
+                    self._finish(command, drawn or {})
+                case Refused(sequence=number, reason=reason):
+                    self._refusals[number] = reason
+                    self._active.pop(number, None)
+        for number in stopped:
+            if number in self._active:
+                self._apply(Stopped(number))
+
+    def _issue(self, command: RunStep) -> None:
+        now_s = time.monotonic()
+        self._issued[command.step] = IssuedStep(command, now_s)
+        if self._trace is not None:
+            self._trace.step_issued(command.step, now_s, command.num_tokens)
+        self._writer.write(command, self._active)
+
+    def _take(self, number: int, token: int, drawn: dict[int, Drawn]) -> bool:
+        sequence = self._active.get(number)
+        if sequence is None:
+            return False
+        return sequence.token_came(token, drawn.get(number), time.monotonic())
+
+    def _finish(self, finished: Finished, drawn: dict[int, Drawn]) -> None:
+        sequence = self._active.pop(finished.sequence, None)
+        if sequence is None:
+            return
+        now_s = time.monotonic()
+        if finished.eos_token is not None:
+            sequence.end_token_came(finished.eos_token, drawn.get(sequence.number), now_s)
+        error, detail = None, finished.detail
+        if finished.reason == "error":
+            error, detail = finished.detail or "the request failed", ""
+        sequence.finish(finished.reason, error, detail, now_s=now_s)
+
+    def _tell_prefill(self, command: RunStep) -> None:
+        for run in command.runs:
+            sequence = self._active.get(run.sequence)
+            if sequence is not None and sequence.on_prefill is not None:
+                total = len(sequence.prompt.token_ids)
+                done = run.start + len(run.tokens)
+                if done <= total:
+                    sequence.on_prefill(done, total)

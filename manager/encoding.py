@@ -1,0 +1,79 @@
+"""Turn what people write into token ids: plain prompts, and conversations.
+
+Knows the tokenizer's interface, no model and no worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proto.errors import RequestRefused, UsageError
+
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to start from, and whether the answer continues their text."""
+
+    token_ids: tuple[int, ...]
+    continues_text: bool = False  # then a first word keeps the space in front of it
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What the detokeniser must see ahead of the first token."""
+        return self.token_ids if self.continues_text else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A model's tokenizer, for prompts."""
+
+    tokenizer: Any  # a transformers one
+    model_name: str
+
+    def encode(self, text: str) -> Prompt:
+        """A plain prompt, with the special tokens that the tokenizer puts around text.
+
+        Raises:
+            RequestRefused: there is no text, or no token comes of it.
+        """
+        if not text:
+            raise RequestRefused("the prompt is empty: write at least one character.")
+        ids = self._ids(text, add_special_tokens=True)
+        if not ids:
+            raise RequestRefused(f"the tokenizer makes no token of the prompt {text[:40]!r}.")
+        return Prompt(ids, continues_text=True)
+
+    def encode_chat(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation in the model's own chat template, up to where the answer begins.
+
+        Raises:
+            UsageError: the model has no chat template.
+            RequestRefused: there is no message, or the template does not take these.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                f"the tokenizer of {self.model_name} has no chat template: "
+                "give a plain prompt, without --chat and without messages."
+            )
+        if not any(message.get("content") for message in messages):
+            raise RequestRefused("the conversation is empty: write at least one character.")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as exc:  # jinja's errors, and whatever a template raises by itself
+            raise RequestRefused(
+                f"the chat template of {self.model_name} does not take this conversation: {exc}"
+            ) from exc
+        # The template writes the special tokens itself.
+        return Prompt(self._ids(text, add_special_tokens=False))
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        # Prompts may be longer than the tokenizer's own limit; whether one fits is said later,
+        # with the numbers.
+        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return tuple(int(i) for i in encoded["input_ids"])

@@ -1,0 +1,228 @@
+"""The manager's side of one link to one worker: questions with deadlines, and what comes unasked.
+
+Knows the order of question and answer on a link; knows no chain, no scheduler and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final, TypeVar
+
+from proto.address import Address
+from proto.errors import WorkerLost, WorkerRefused
+from proto.framing import Buffer, Frame
+from proto.link import Link, connect
+from proto.messages import (
+    Lease,
+    Leased,
+    LinkLost,
+    Message,
+    Refused,
+    Release,
+    Role,
+    Route,
+    Routed,
+    Status,
+    StatusRequest,
+    StepDone,
+    StepReport,
+    WorkerFacts,
+)
+
+Answer = TypeVar("Answer", bound=Message)
+
+# Allocating the KV of a lease touches every page of it: 8 GiB at 1 GiB/s on a small board.
+LEASE_TIMEOUT_S: Final = 30.0
+# The worker opens a link of its own meanwhile, handshake included.
+ROUTE_TIMEOUT_S: Final = 15.0
+STATUS_TIMEOUT_S: Final = 5.0
+
+
+class WorkerLink:
+    """An open link to a worker. Set the callbacks before steps flow."""
+
+    def __init__(self, link: Link, address: Address, facts: WorkerFacts) -> None:
+        self.address, self.facts = address, facts
+        self.on_step_done: Callable[[StepDone, int], None] | None = None  # message, its epoch
+        self.on_report: Callable[[StepReport], None] | None = None
+        self.on_link_lost: Callable[[LinkLost], None] | None = None
+        self.on_lost: Callable[[WorkerLost], None] | None = None
+        self._link = link
+        self._questions: deque[tuple[type[Message], asyncio.Future[Message]]] = deque()
+        link.on_frame = self._on_frame
+        link.on_closed = self._on_closed
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Smoothed round trip; None before the first ping was answered."""
+        return self._link.rtt_s
+
+    @property
+    def clock_offset_s(self) -> float:
+        """The worker's monotonic clock minus ours, as good as known by now."""
+        return self._link.clock_offset_s or 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything can be sent."""
+        return self._link.is_open
+
+    # --- questions ---------------------------------------------------------------------------
+
+    async def lease(self, lease: bytes, *, min_blocks: int, want_blocks: int, trace: bool) -> int:
+        """Reserve KV blocks; returns how many were granted.
+
+        Raises:
+            WorkerRefused: fewer than `min_blocks` are free.
+            WorkerLost: no answer came.
+        """
+        question = Lease(lease=lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace)
+        return (await self._ask(question, Leased, LEASE_TIMEOUT_S)).blocks
+
+    async def route(self, lease: bytes, next_worker: Address | None, *, epoch: int) -> None:
+        """Tell it where this lease's steps go from there; None makes it the last.
+
+        Raises:
+            WorkerRefused: it cannot reach the next worker.
+            WorkerLost: no answer came.
+        """
+        question = Route(lease=lease, next=None if next_worker is None else str(next_worker))
+        await self._ask(question, Routed, ROUTE_TIMEOUT_S, epoch=epoch)
+
+    async def status(self) -> Status:
+        """Its counters now.
+
+        Raises:
+            WorkerLost: no answer came.
+        """
+        return await self._ask(StatusRequest(), Status, STATUS_TIMEOUT_S)
+
+    async def ping(self) -> float:
+        """Measure the round trip now, in seconds."""
+        return await self._link.ping()
+
+    # --- without an answer -------------------------------------------------------------------
+
+    def send(self, message: Message, *payload: Buffer, epoch: int = 0) -> None:
+        """Send one frame, at once.
+
+        Raises:
+            WorkerLost: the link is closed.
+        """
+        self._link.send(message, *payload, epoch=epoch)
+
+    def release(self, lease: bytes) -> None:
+        """Give the lease back; a worker that is gone has given it back already."""
+        if self._link.is_open:
+            self._link.send(Release(lease=lease))
+
+    async def close(self, reason: str = "done") -> None:
+        """Say goodbye."""
+        self._link.on_closed = None
+        await self._link.close(reason)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    async def _ask(
+        self, question: Message, kind: type[Answer], timeout_s: float, epoch: int = 0
+    ) -> Answer:
+        answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self.send(question, epoch=epoch)
+        self._questions.append((kind, answered))
+        try:
+            answer = await asyncio.wait_for(answered, timeout_s)
+        except asyncio.TimeoutError:
+            name = type(question).__name__
+            lost = WorkerLost(str(self.address), f"no answer to {name} within {timeout_s:g} s")
+            self._link.fail(lost)  # an answer that comes late would be taken for the next one
+            raise lost from None
+        assert isinstance(answer, kind)
+        return answer
+
+    def _on_frame(self, frame: Frame) -> None:
+        match frame.message:
+            case StepDone() as done:
+                if self.on_step_done is not None:
+                    self.on_step_done(done, frame.epoch)
+            case StepReport() as report:
+                if self.on_report is not None:
+                    self.on_report(report)
+            case LinkLost() as lost if self.on_link_lost is not None and not self._routing():
+                self.on_link_lost(lost)
+            case LinkLost(next=next_worker, reason=reason):
+                self._answer_badly(
+                    WorkerRefused(f"worker {self.address} cannot reach {next_worker}: {reason}")
+                )
+            case Refused(reason=reason):
+                self._answer_badly(WorkerRefused(f"worker {self.address} refused: {reason}"))
+            case answer:
+                self._answer(answer)
+
+    def _routing(self) -> bool:
+        return any(kind is Routed for kind, _ in self._questions)
+
+    def _answer(self, answer: Message) -> None:
+        for question in self._questions:
+            kind, answered = question
+            if isinstance(answer, kind):
+                self._questions.remove(question)
+                if not answered.done():
+                    answered.set_result(answer)
+                return
+
+    def _answer_badly(self, error: WorkerRefused) -> None:
+        """A refusal answers the oldest lease or route; a status is never refused."""
+        for question in self._questions:
+            kind, answered = question
+            if kind is not Status:
+                self._questions.remove(question)
+                if not answered.done():
+                    answered.set_exception(error)
+                return
+
+    def _on_closed(self, error: Exception | None) -> None:
+        lost = self._as_lost(error)
+        questions, self._questions = self._questions, deque()
+        for _, answered in questions:
+            if not answered.done():
+                answered.set_exception(lost)
+        if self.on_lost is not None:
+            self.on_lost(lost)
+
+    def _as_lost(self, error: Exception | None) -> WorkerLost:
+        """Whatever ended the link, as the loss of this worker under the name the user gave it."""
+        if isinstance(error, WorkerLost):
+            return WorkerLost(str(self.address), error.reason)
+        if error is not None:
+            return WorkerLost(str(self.address), str(error))
+        reason = self._link.goodbye
+        return WorkerLost(str(self.address), f"it said goodbye: {reason}" if reason else "closed")
+
+
+async def open_link(
+    address: Address,
+    *,
+    role: Role = Role.MANAGER,
+    secret: bytes | None = None,
+) -> WorkerLink:
+    """Call a worker and hear what it holds.
+
+    Raises:
+        WorkerUnreachable: nobody answers there.
+        WorkerRefused: it does not want this manager now, in its own words.
+        ProtocolError: what answers is no worker of this protocol, or knows another secret.
+    """
+    link = await connect(str(address), role=role, agent=agent(), secret=secret)
+    assert link.welcome is not None
+    return WorkerLink(link, address, link.welcome.worker)
+
+
+def agent() -> str:
+    """Name and version of this program, for the workers' logs."""
+    try:
+        return f"comboio-manager/{version('comboio')}"
+    except PackageNotFoundError:
+        return "comboio-manager"

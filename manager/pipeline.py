@@ -1,0 +1,352 @@
+"""The pipeline for programs: open it over some workers, stream, generate, close.
+
+    async with await Pipeline.open(["10.0.0.2:7710", "10.0.0.3:7710"]) as pipeline:
+        async for piece in pipeline.stream("Once upon a time"):
+            print(piece.text, end="", flush=True)
+        completions = await asyncio.gather(*(pipeline.generate(prompt) for prompt in prompts))
+
+Owns the links, the leases and the model's entry; who runs when is the scheduler's, behind
+`manager.dispatcher`. Every command line of the manager stands on this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from engine.requests import Stats
+from engine.scheduler import Scheduler
+from manager.dispatcher import Dispatcher, Trace
+from manager.encoding import Encoder, Message, Prompt
+from manager.generation import GREEDY, Completion, GenerationOptions, Piece
+from manager.links import WorkerLink
+from manager.sequences import ActiveSequence
+from manager.steps import StepWriter
+from manager.text import Vocabulary
+from manager.topology import OpenChain, open_chain
+from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
+from proto.messages import LinkLost, Status, Step, WorkerFacts
+from proto.secret import read_secret_file
+
+if TYPE_CHECKING:
+    from engine.entry import Entry
+
+# One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
+# tokens beside it do not wait long.
+TOKEN_BUDGET: Final = 512
+
+OnProgress = Callable[[str], None]  # a few words on what is being done
+OnPrefill = Callable[[int, int], None]  # prompt tokens computed, prompt tokens
+TokensHint = int | Callable[[Encoder], int]  # tokens of a sequence, known or to be counted
+
+
+class Pipeline:
+    """A chain of workers that is ready to generate. Made by `Pipeline.open`."""
+
+    def __init__(
+        self,
+        chain: OpenChain,
+        entry: Entry,
+        *,
+        lease: bytes,
+        num_blocks: int,
+        trace: Trace | None,
+    ) -> None:
+        self._chain, self._entry, self._lease, self._trace = chain, entry, lease, trace
+        self._encoder = Encoder(entry.tokenizer, entry.model_name)
+        self.max_context: Final = chain.facts[0].max_context
+        self._writer = StepWriter(lease, entry, self._send_step, self._writer_failed)
+        self._dispatcher = Dispatcher(
+            Scheduler(
+                len(chain.links),
+                num_blocks,
+                chain.facts[0].block_tokens,
+                max_context=self.max_context,
+                token_budget=min(TOKEN_BUDGET, *(facts.max_step_tokens for facts in chain.facts)),
+                rope_switch=entry.rope_switch,
+            ),
+            self._writer,
+            Vocabulary(entry.tokenizer),
+            eos=entry.eos_token_ids,
+            prompt_salt=entry.prompt_salt,
+            trace=trace,
+        )
+        self._closed = False
+        for link in chain.links:
+            self._listen(link)
+
+    @classmethod
+    async def open(
+        cls,
+        workers: str | Sequence[str] | None = None,
+        *,
+        model: str | None = None,
+        secret_file: str | Path | None = None,
+        max_sequences: int = 16,
+        max_tokens_hint: TokensHint | None = None,
+        trace: Trace | None = None,
+        on_progress: OnProgress = lambda _: None,
+    ) -> Pipeline:
+        """Connect to the workers and reserve room on them.
+
+        Args:
+            workers: HOST:PORT of every worker, in any order; None: the neighbours of
+                127.0.0.1:7710.
+            model: folder or hub id, for tokenizer and embeddings; None: what the workers hold.
+            max_sequences: how many requests should run at the same time.
+            max_tokens_hint: how long they will be, prompt included; a function is given the
+                model's encoder to count with. More requests, or longer ones, wait or end early.
+            trace: told when each step was where.
+        Raises:
+            WorkerUnreachable, WorkerRefused, SplitError, ModelError, UsageError: in one sentence.
+        """
+        if max_sequences < 1:
+            raise UsageError(f"max_sequences is {max_sequences}: at least 1 request must run.")
+        secret = None if secret_file is None else read_secret_file(secret_file)
+        on_progress("connecting to the workers")
+        chain = await open_chain(workers, secret=secret)
+        try:
+            on_progress(f"loading the tokenizer of {chain.facts[0].model}")
+            entry = await asyncio.to_thread(_load_entry, model, chain)
+            on_progress("reserving room on the workers")
+            lease = secrets.token_bytes(16)
+            if callable(max_tokens_hint):
+                max_tokens_hint = max_tokens_hint(Encoder(entry.tokenizer, entry.model_name))
+            min_blocks, want_blocks = wanted_blocks(chain.facts, max_sequences, max_tokens_hint)
+            num_blocks = await chain.lease(
+                lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace is not None
+            )
+            await chain.route(lease, epoch=0)
+        except BaseException:
+            await chain.close("the manager gave up")
+            raise
+        return cls(chain, entry, lease=lease, num_blocks=num_blocks, trace=trace)
+
+    # --- what there is -----------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, a transformers one."""
+        return self._entry.tokenizer
+
+    @property
+    def workers(self) -> tuple[WorkerFacts, ...]:
+        """What each worker said of itself when the link opened, first section first."""
+        return self._chain.facts
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the workers were reached, in the same order."""
+        return tuple(str(link.address) for link in self._chain.links)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for people."""
+        return self._entry.model_name
+
+    @property
+    def lost(self) -> Error | None:
+        """Why no request can run any more, once that is so: mostly a `WorkerLost`."""
+        return self._dispatcher.lost
+
+    def stats(self) -> Stats:
+        """How many requests run and wait, and how much KV is free; for progress displays."""
+        return self._dispatcher.stats()
+
+    async def status(self) -> list[tuple[WorkerFacts, Status, float | None]]:
+        """What each worker counts now, and the round trip to it in seconds."""
+        links = self._chain.links
+        answers = await asyncio.gather(*(link.status() for link in links))
+        return [
+            (link.facts, answer, link.rtt_s) for link, answer in zip(links, answers, strict=True)
+        ]
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def encode(self, text: str) -> Prompt:
+        """A plain prompt's tokens."""
+        return self._encoder.encode(text)
+
+    def encode_chat(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation's tokens, in the model's chat template."""
+        return self._encoder.encode_chat(messages)
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        options: GenerationOptions = GREEDY,
+        *,
+        on_prefill: OnPrefill | None = None,
+    ) -> AsyncIterator[Piece]:
+        """Generate, piece by piece; leaving the loop early frees what the request holds.
+
+        A request that fails on the way ends with a piece whose finish reason is "error".
+
+        Raises:
+            RequestRefused: it can never run: empty, or longer than the context or the KV.
+            WorkerLost: a worker went away before the request.
+        """
+        sequence = self._submit(prompt, options, on_prefill)
+        try:
+            async for piece in sequence.pieces():
+                yield piece
+        finally:
+            self._dispatcher.cancel(sequence)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        options: GenerationOptions = GREEDY,
+        *,
+        on_piece: Callable[[Piece], None] | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> Completion:
+        """Generate to the end. Many may run at once.
+
+        Args:
+            on_piece: called with every piece as it comes; an error that it raises ends the request.
+        Raises:
+            RequestRefused, WorkerLost: as `stream`.
+        """
+        sequence = self._submit(prompt, options, on_prefill)
+        try:
+            async for piece in sequence.pieces():
+                if on_piece is not None:
+                    on_piece(piece)
+        finally:
+            self._dispatcher.cancel(sequence)
+        return sequence.completion()
+
+    def _submit(
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        options: GenerationOptions,
+        on_prefill: OnPrefill | None,
+    ) -> ActiveSequence:
+        if self._closed:
+            raise UsageError("the pipeline is closed: open another one.")
+        if isinstance(prompt, str):
+            prompt = self.encode(prompt)
+        elif not isinstance(prompt, Prompt):
+            prompt = Prompt(tuple(prompt))
+        vocab_size = self._chain.facts[0].vocab_size
+        stranger = next((i for i in prompt.token_ids if not 0 <= i < vocab_size), None)
+        if stranger is not None:
+            raise RequestRefused(
+                f"the prompt has token id {stranger}, the model's ids are 0 to {vocab_size - 1}."
+            )
+        return self._dispatcher.submit(prompt, options, on_prefill)
+
+    # --- the end -----------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Pipeline:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End what still runs, give the leases back, and leave. Twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        self._dispatcher.end_all("the pipeline was closed")
+        await self._writer.close()
+        if self._trace is not None and self._dispatcher.lost is None:
+            # An answer comes behind everything that a worker said before: the last reports.
+            await asyncio.gather(*(it.status() for it in self._chain.links), return_exceptions=True)
+        self._chain.release(self._lease)
+        await self._chain.close("done")
+        if self._trace is not None:
+            self._trace.close()
+
+    # --- what the links say ------------------------------------------------------------------
+
+    def _listen(self, link: WorkerLink) -> None:
+        link.on_step_done = lambda done, _epoch: self._dispatcher.step_done(done)
+        link.on_link_lost = self._link_lost
+        link.on_lost = self._worker_lost
+        trace = self._trace
+        if trace is not None:
+            link.on_report = lambda report: trace.report(
+                str(link.address), report, link.clock_offset_s
+            )
+
+    def _send_step(self, step: Step, tables: bytes, hidden: memoryview, epoch: int) -> None:
+        try:
+            self._chain.links[0].send(step, tables, hidden, epoch=epoch)
+        except WorkerLost:
+            pass  # the link says so itself, and then every request ends
+
+    def _writer_failed(self, exc: BaseException) -> None:
+        self._dispatcher.lose(ModelError(f"the prompt could not be embedded: {exc}"))
+
+    def _link_lost(self, lost: LinkLost) -> None:
+        reason = lost.reason.removeprefix(f"worker {lost.next} was lost: ")
+        self._worker_lost(WorkerLost(lost.next, f"its neighbour says: {reason}"))
+
+    def _worker_lost(self, lost: WorkerLost) -> None:
+        held = next(
+            (link.facts for link in self._chain.links if str(link.address) == lost.worker), None
+        )
+        if held is not None:
+            reason = f"{lost.reason}; it held layers {held.start_layer}:{held.end_layer}"
+            if held.section is not None:
+                reason += f" (section {held.section}/{held.num_sections})"
+            lost = WorkerLost(lost.worker, reason)
+        self._dispatcher.lose(lost)
+
+
+def wanted_blocks(
+    workers: Sequence[WorkerFacts], max_sequences: int, tokens_each: int | None
+) -> tuple[int, int]:
+    """KV blocks to ask every worker for: at least, and at best.
+
+    One sequence must fit, unless it is longer than the workers could ever hold: then the request
+    itself is refused, with the numbers. Who does not know how long sequences get asks for room
+    for the longest, and leaves half of what is free to other managers.
+    """
+    block_tokens, max_context = workers[0].block_tokens, workers[0].max_context
+    most = min(facts.total_blocks for facts in workers)
+    free = min(facts.free_blocks for facts in workers)
+    each = -(-min(tokens_each or max_context, max_context) // block_tokens)
+    if tokens_each is None:
+        least = 1
+        best = min(each * max_sequences, max(free // 2, each))
+    else:
+        least = min(each, most)
+        best = each * max_sequences
+    return least, max(least, min(best, most))
+
+
+def _load_entry(model: str | None, chain: OpenChain) -> Entry:
+    """Tokenizer and embeddings, of the same checkpoint as the workers'."""
+    from engine.entry import load_entry
+
+    facts = chain.facts[0]
+    path = model if model is not None else facts.model_path or None
+    try:
+        entry = load_entry(path, dtype=facts.dtype)
+    except ModelError as exc:
+        if model is None:
+            raise ModelError(
+                f"the workers hold {facts.model} ({facts.model_path or 'the demo model'}), and its "
+                f"tokenizer is to be read here, but: {exc}; pass --model with the same model's "
+                "folder on this machine"
+            ) from exc
+        raise
+    if entry.fingerprint != facts.fingerprint:
+        raise ModelError(
+            f"--model {entry.model_name} ({entry.fingerprint[:8]}) is not the model that the "
+            f"workers hold, {facts.model} ({facts.fingerprint[:8]}): pass the same checkpoint."
+        )
+    return entry

@@ -1,0 +1,165 @@
+"""One request on its way: what it asked for, what it has so far, and who waits for it.
+
+Knows neither scheduler nor link: the pipeline tells it which tokens are its own and how it ended.
+The time comes in, in seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from manager.encoding import Prompt
+from manager.generation import Completion, GenerationOptions, Piece, TokenLogprob
+from manager.text import Cut, TextStream, Vocabulary
+from proto.messages import Drawn, Sampling
+
+
+class ActiveSequence:
+    """The state of one request between its submission and its last piece."""
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Prompt,
+        options: GenerationOptions,
+        vocabulary: Vocabulary,
+        now_s: float,
+    ) -> None:
+        self.number, self.prompt, self.options = number, prompt, options
+        self.seed = secrets.randbits(63) if options.seed is None else options.seed
+        self.on_prefill: Callable[[int, int], None] | None = None  # tokens done, tokens in all
+        self._text = TextStream(vocabulary, options.stop, prompt.context)
+        self._seen = dict.fromkeys(prompt.token_ids) if options.looks_back else {}
+        self._submitted_s = now_s
+        self._token_times_s: list[float] = []
+        self._record = _Record()
+        # What nobody has fetched yet. It holds at most what the request may generate: a slow
+        # reader gets fewer, longer pieces.
+        self._unread = _Record()
+        self._wake = asyncio.Event()
+
+    # --- what the pipeline tells it ----------------------------------------------------------
+
+    def sampling(self, draw: int) -> Sampling:
+        """How the token number `draw` is drawn."""
+        return self.options.sampling(seed=self.seed, draw=draw, num_history=len(self._seen))
+
+    @property
+    def history(self) -> Sequence[int]:
+        """Distinct token ids seen so far, where a draw depends on them."""
+        return list(self._seen)
+
+    def token_came(self, token: int, drawn: Drawn | None, now_s: float) -> bool:
+        """Take the next token of the text; True when a stop text is complete with it."""
+        self._add_token(token, drawn, now_s)
+        cut = self._text.add(token)
+        self._add_text(cut)
+        return cut.stopped_by is not None
+
+    def end_token_came(self, token: int, drawn: Drawn | None, now_s: float) -> None:
+        """Take the token that says the text is over. It is counted and has no text."""
+        self._add_token(token, drawn, now_s)
+
+    def finish(
+        self, reason: str, error: str | None = None, detail: str = "", *, now_s: float
+    ) -> None:
+        """No token follows. A stop text among the last characters still counts."""
+        if self.is_finished:
+            return
+        if not self._record.stopped:
+            cut = self._text.flush()
+            self._add_text(cut)
+            if cut.stopped_by is not None and reason == "length":
+                reason = "stop"
+        for record in (self._record, self._unread):
+            record.finish_reason, record.finished_s = reason, now_s
+            record.error, record.detail = error, detail
+        self._wake.set()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last piece is there."""
+        return self._record.finish_reason is not None
+
+    # --- what the reader gets ----------------------------------------------------------------
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Everything that comes, in order; the last piece has a finish reason."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            unread, self._unread = self._unread, _Record()
+            yield unread.as_piece()
+            if unread.finish_reason is not None:
+                return
+
+    def completion(self) -> Completion:
+        """The whole, once it is finished."""
+        record, times = self._record, self._token_times_s
+        assert record.finish_reason is not None
+        return Completion(
+            text="".join(record.texts),
+            token_ids=tuple(record.token_ids),
+            finish_reason=record.finish_reason,
+            prompt_tokens=len(self.prompt.token_ids),
+            completion_tokens=len(record.token_ids),
+            ttft_s=times[0] if times else None,
+            decode_tokens_per_s=_rate(times),
+            latency_s=record.finished_s - self._submitted_s,
+            error=record.error,
+            detail=record.detail,
+            logprobs=tuple(record.logprobs),
+            token_times_s=tuple(times),
+        )
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _add_token(self, token: int, drawn: Drawn | None, now_s: float) -> None:
+        self._token_times_s.append(now_s - self._submitted_s)
+        if self.options.looks_back:
+            self._seen[token] = None
+        for record in (self._record, self._unread):
+            record.token_ids.append(token)
+            if drawn is not None and drawn.logprob is not None:
+                logprob = TokenLogprob(token, drawn.logprob, tuple(drawn.top))
+                record.logprobs.append(logprob)
+        self._wake.set()
+
+    def _add_text(self, cut: Cut) -> None:
+        for record in (self._record, self._unread):
+            record.stopped |= cut.stopped_by is not None
+            if cut.text:
+                record.texts.append(cut.text)
+
+
+class _Record:
+    """What came, in parts."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.stopped = False
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.detail = ""
+        self.finished_s = 0.0
+
+    def as_piece(self) -> Piece:
+        return Piece(
+            text="".join(self.texts),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            error=self.error,
+            detail=self.detail,
+            logprobs=tuple(self.logprobs),
+        )
+
+
+def _rate(times_s: Sequence[float]) -> float | None:
+    """Tokens a second after the first one."""
+    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+        return None
+    return (len(times_s) - 1) / (times_s[-1] - times_s[0])

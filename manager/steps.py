@@ -1,0 +1,134 @@
+"""Turn the scheduler's steps into frames for the first worker, in the order they were issued.
+
+Looks tokens up in the embedding (`engine.entry`) and packs the payload. A decode step is packed
+at once on the event loop; a prefill chunk's embedding goes to a thread, and what is issued
+meanwhile waits behind it. Knows no scheduler state and waits for no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from engine.requests import PlannedRun, RunStep
+from manager.sequences import ActiveSequence
+from proto.codec import pack_step_tables
+from proto.messages import Run, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.entry import Entry
+
+# Looking up 64 Ki values takes about as long as handing the job to a thread and back, 100 us.
+INLINE_VALUES: Final = 64 * 1024
+
+# Steps that may wait for the embedding thread: more than the scheduler ever has in flight.
+MAX_WAITING: Final = 4096
+
+SendStep = Callable[[Step, bytes, memoryview, int], None]  # step, tables, hidden states, epoch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """A step without its hidden states: everything that depends on the state at issue."""
+
+    message: Step
+    epoch: int
+    tables: bytes
+    token_ids: list[int]
+    positions: list[int]
+
+
+class StepWriter:
+    """Writes steps of one lease; the order of `write` calls is the order on the link."""
+
+    def __init__(
+        self,
+        lease: bytes,
+        entry: Entry,
+        send: SendStep,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._lease, self._entry, self._send = lease, entry, send
+        self._on_failure = on_failure
+        self._inline_tokens = max(1, INLINE_VALUES // entry.hidden_size)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="embed")
+        self._waiting: asyncio.Queue[PackedStep] = asyncio.Queue(MAX_WAITING)
+        self._num_waiting = 0
+        self._task = asyncio.ensure_future(self._write_waiting())
+
+    def write(self, command: RunStep, sequences: Mapping[int, ActiveSequence]) -> None:
+        """Send a step, at once where that is quick."""
+        packed = pack(self._lease, command, sequences)
+        if self._num_waiting == 0 and len(packed.token_ids) <= self._inline_tokens:
+            self._send_packed(packed, self._embed(packed))
+        else:
+            self._num_waiting += 1
+            self._waiting.put_nowait(packed)
+
+    async def close(self) -> None:
+        """Send nothing more."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _write_waiting(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                packed = await self._waiting.get()
+                hidden = await loop.run_in_executor(self._executor, self._embed, packed)
+                self._num_waiting -= 1
+                self._send_packed(packed, hidden)
+        except Exception as exc:
+            self._on_failure(exc)
+
+    def _embed(self, packed: PackedStep) -> memoryview:
+        return bytes_of(self._entry.embed(packed.token_ids, packed.positions))
+
+    def _send_packed(self, packed: PackedStep, hidden: memoryview) -> None:
+        self._send(packed.message, packed.tables, hidden, packed.epoch)
+
+
+def pack(lease: bytes, command: RunStep, sequences: Mapping[int, ActiveSequence]) -> PackedStep:
+    """Put the runs of a step into the wire's words."""
+    runs: list[Run] = []
+    token_ids: list[int] = []
+    positions: list[int] = []
+    tables: list[int] = []
+    histories: list[int] = []
+    for planned in command.runs:
+        sequence = sequences[planned.sequence]
+        runs.append(_run(planned, sequence))
+        token_ids += planned.tokens
+        positions += range(planned.start, planned.start + len(planned.tokens))
+        tables += planned.blocks
+        if planned.draws:
+            histories += sequence.history
+    message = Step(lease=lease, step=command.step, runs=runs)
+    packed_tables = pack_step_tables(token_ids, tables, histories)
+    return PackedStep(message, command.epoch, packed_tables, token_ids, positions)
+
+
+def _run(planned: PlannedRun, sequence: ActiveSequence) -> Run:
+    return Run(
+        sequence=planned.sequence,
+        start=planned.start,
+        num_tokens=len(planned.tokens),
+        num_blocks=len(planned.blocks),
+        rope_length=planned.rope_length,
+        sampling=sequence.sampling(planned.draw) if planned.draws else None,
+        state_slot=planned.state_slot,
+    )
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The tensor's own memory; numpy has no bfloat16, so its bits travel as integers."""
+    import torch
+
+    values = values.detach().contiguous()
+    return values.view(torch.uint8).numpy().data.cast("B")

@@ -1,0 +1,135 @@
+"""`manager workers`: who holds what, how fast, how far away.
+
+Only looks: opens links as an observer, asks, and leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from engine.sections import Candidate, check_chain
+from manager import event_loop
+from manager.addresses import parse_addresses
+from manager.cli import say
+from manager.links import WorkerLink
+from manager.options import SECRET_FILE, WORKERS
+from manager.tables import milliseconds, size, table
+from manager.topology import call_each, call_neighbours, close_all
+from proto.errors import Error
+from proto.messages import Role, Status, WorkerFacts
+from proto.secret import read_secret_file
+
+TITLES = (
+    "ADDRESS",
+    "HOST",
+    "SECTION",
+    "LAYERS",
+    "MODEL",
+    "DTYPE",
+    "WEIGHTS",
+    "KV FREE",
+    "KV TOTAL",
+    "MS/STEP",
+    "RTT MS",
+    "MEMORY",
+    "LEASES",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as it is now."""
+
+    address: str
+    facts: WorkerFacts
+    status: Status
+    rtt_s: float
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of the table."""
+        facts, status = self.facts, self.status
+        section = "-" if facts.section is None else f"{facts.section}/{facts.num_sections}"
+        return (
+            self.address,
+            facts.host,
+            section,
+            f"{facts.start_layer}:{facts.end_layer} of {facts.num_layers}",
+            facts.model,
+            facts.dtype,
+            size(facts.stage_bytes),
+            str(status.free_blocks),
+            str(status.total_blocks),
+            milliseconds(status.step_s),
+            milliseconds(self.rtt_s),
+            size(status.rss_bytes),
+            str(status.leases),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything it said."""
+        return {
+            "address": self.address,
+            "rtt_s": self.rtt_s,
+            "facts": msgspec.structs.asdict(self.facts),
+            "status": msgspec.structs.asdict(self.status),
+        }
+
+
+@click.command()
+@WORKERS
+@SECRET_FILE
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
+def workers(workers: str | None, secret_file: Path | None, as_json: bool) -> None:
+    """Show which worker holds what, and how it fares."""
+    event_loop.run(show(workers, secret_file, as_json=as_json))
+
+
+async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) -> None:
+    """Print what the workers say of themselves, in the order of their layers.
+
+    Raises:
+        Error: one of them did not answer; those that did are printed all the same.
+    """
+    secret = None if secret_file is None else read_secret_file(secret_file)
+    if workers is None:
+        links, failures = await call_neighbours(Role.OBSERVER, secret), list[Error]()
+    else:
+        links, failures = await call_each(parse_addresses([workers]), Role.OBSERVER, secret)
+    try:
+        links = sorted(links, key=lambda it: (it.facts.start_layer, it.address))
+        views = [it for it in await look_at(links) if isinstance(it, WorkerView)]
+    finally:
+        await close_all(links, "done")
+    if as_json:
+        click.echo(json.dumps([view.as_json() for view in views], ensure_ascii=False))
+    elif views:
+        click.echo(table(TITLES, [view.cells() for view in views]))
+    if failures:
+        raise failures[0]
+    remark_on_chain(views)
+
+
+async def look_at(links: Sequence[WorkerLink]) -> list[WorkerView]:
+    """Ask all at once."""
+    return await asyncio.gather(*map(_look, links))
+
+
+def remark_on_chain(views: Sequence[WorkerView]) -> None:
+    """Say on stderr why these workers could not run a model together, if so."""
+    try:
+        check_chain([Candidate(view.address, view.facts) for view in views])
+    except Error as exc:
+        say(str(exc))
+
+
+async def _look(link: WorkerLink) -> WorkerView:
+    status, rtt_s = await asyncio.gather(link.status(), link.ping())
+    return WorkerView(str(link.address), link.facts, status, rtt_s)

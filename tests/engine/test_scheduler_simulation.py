@@ -1,0 +1,102 @@
+"""Whole schedules against workers that keep real (if tiny) KV: the text must be the right one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.requests import Request
+from tests.support.toy_chain import ToyModel
+from tests.support.toy_shell import Limits, ToyShell
+
+MODELS = {
+    "plain": ToyModel(),
+    "long-rope": ToyModel(rope_switch=17),
+    "dynamic-rope": ToyModel(rope_by_length=True),
+}
+
+
+def random_limits(rng: random.Random) -> Limits:
+    block_tokens = rng.choice([1, 3, 4])
+    return Limits(
+        num_stages=rng.randint(1, 4),
+        num_blocks=rng.choice([20, 32, 60, 200]) // block_tokens,
+        block_tokens=block_tokens,
+        token_budget=rng.choice([1, 3, 8, 32]),
+        max_context=rng.choice([18, 36, 48]),
+        max_running=rng.choice([1, 3, 8, 8]),
+        num_state_slots=rng.choice([0, 0, 0, 3]),
+        share_prefixes=rng.random() < 0.8,
+        min_chunk_tokens=rng.choice([1, 4]),
+    )
+
+
+def random_request(rng: random.Random, sequence: int, model: ToyModel) -> Request:
+    # Few different beginnings, so that many prompts share some of their blocks.
+    beginning = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 6], []][rng.randrange(3)]
+    prompt = tuple(beginning + [rng.randrange(3) for _ in range(rng.randint(1, 6))])
+    return Request(
+        sequence,
+        prompt,
+        max_new_tokens=rng.choice([1, 5, 12, 40]),
+        eos=frozenset({7}) if rng.random() < 0.5 else frozenset(),
+        prompt_salt=model.salt(prompt) or rng.choice([0, 0, 0, "tenant"]),
+    )
+
+
+def run_random_schedule(seed: int, model: ToyModel) -> ToyShell:
+    rng = random.Random(seed)
+    shell = ToyShell(model, random_limits(rng), rng)
+    faults, losses = rng.choice([0.0, 0.0, 0.02]), rng.choice([0.0, 0.0, 0.01])
+    for number in range(rng.randint(1, 14)):
+        shell.submit(random_request(rng, number, model))
+        for _ in range(rng.choice([0, 0, 1, 3, 30])):
+            disturb(shell, rng, losses)
+            if shell.busy_stages:
+                fault_in = rng.randrange(8) if rng.random() < faults else None
+                shell.advance(rng.choice(shell.busy_stages), fault_in)
+    shell.run_dry()
+    return shell
+
+
+def disturb(shell: ToyShell, rng: random.Random, losses: float) -> None:
+    if shell.live and rng.random() < 0.01:
+        rng.choice([shell.cancel, shell.stop])(rng.choice(shell.live))
+    if rng.random() < losses:
+        shell.lose_chain()
+    if rng.random() < 0.1:
+        shell.deliver_late()
+    if shell.live and (not shell.busy_stages or rng.random() < losses / 4):
+        shell.restore_chain(rng.randint(1, 3), rng.choice([8, 20, 50]))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("block_of_seeds", range(8))
+def test_every_sequence_gets_what_it_would_get_alone(model: ToyModel, block_of_seeds: int) -> None:
+    for seed in range(block_of_seeds * 30, block_of_seeds * 30 + 30):
+        shell = run_random_schedule(seed, model)
+        shell.check_stories()
+        stats = shell.scheduler.stats()
+        assert stats.running == stats.waiting == 0 and stats.blocks_free == stats.blocks_total
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_no_text_is_touched_by_what_another_sequence_failed_to_compute(model: ToyModel) -> None:
+    """Prompts that share their blocks while those are still in flight, and some of them fail."""
+    restarts = 0
+    for seed in range(120):
+        rng = random.Random(seed)
+        limits = Limits(num_stages=rng.randint(2, 4), num_blocks=60, token_budget=8)
+        shell = ToyShell(model, limits, rng)
+        prompt = tuple(range(rng.randint(9, 20)))
+        for number in range(6):
+            shell.submit(Request(number, prompt, 8, prompt_salt=model.salt(prompt)))
+        while shell.busy_stages:
+            if shell.live and rng.random() < 0.01:
+                shell.cancel(rng.choice(shell.live))
+            fault_in = rng.randrange(8) if rng.random() < 0.04 else None
+            shell.advance(rng.choice(shell.busy_stages), fault_in)
+        shell.check_stories()
+        restarts += shell.restarts
+    assert restarts > 50

@@ -1,0 +1,127 @@
+"""What a worker is told at start, checked before anything heavy is imported.
+
+Knows the rules between options (sections and layers exclude each other, an open port needs a
+secret) and how their values are written. Knows no click, reads no file and no environment:
+`worker.cli` fills a `WorkerConfig` from them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Final
+
+from proto.address import Address, parse_address
+from proto.errors import UsageError
+from proto.settings import parse_byte_size
+
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_PORT: Final = 7710  # of index 0; index I listens on 7710 + I
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS: Final = ("none", "int8", "int4")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("text", "json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Everything a worker is told at start; below `worker.cli` nothing reads the environment."""
+
+    listen: Address  # port 0 picks a free one
+    model: str | None = None  # folder or hub id; None: the demo model
+    sections: int | None = 1
+    index: int | None = 0
+    layers: tuple[int, int] | None = None  # instead of sections and index
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "none"
+    threads: int | None = None  # None: torch's own choice
+    kv_memory_bytes: int | None = None  # None: a share of what is free
+    secret: bytes | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_slice()
+        self._check_device()
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: it must be one of {', '.join(DTYPES)}.")
+        if self.quantize not in QUANTIZATIONS:
+            choices = ", ".join(QUANTIZATIONS)
+            raise UsageError(f"--quantize {self.quantize}: it must be one of {choices}.")
+        if self.quantize != "none":
+            raise UsageError(
+                f"--quantize {self.quantize} is not there yet: weights are held as the "
+                "checkpoint has them. Leave it out, or pass --quantize none."
+            )
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads}: at least 1 thread must compute.")
+        if self.kv_memory_bytes is not None and self.kv_memory_bytes < 1:
+            raise UsageError("--kv-memory 0 holds no sequence: give it at least some megabytes.")
+        if not (is_loopback(self.listen.host) or self.secret or self.insecure):
+            raise UsageError(
+                f"--listen {self.listen} lets other machines in and there is no secret: pass "
+                "--secret-file FILE (the same file to the manager and every worker), or "
+                "--insecure where every machine that can reach this port is yours."
+            )
+
+    def _check_slice(self) -> None:
+        if self.layers is not None:
+            if self.sections is not None or self.index is not None:
+                raise UsageError("give either --layers A:B, or --sections N with --index I.")
+            start, end = self.layers
+            if not 0 <= start < end:
+                raise UsageError(f"--layers {start}:{end} holds no layer: write A:B with A < B.")
+            return
+        if self.sections is None or self.index is None:
+            missing, given = (
+                ("--sections N", f"--index {self.index}")
+                if self.sections is None
+                else ("--index I", f"--sections {self.sections}")
+            )
+            raise UsageError(f"{given} needs {missing} beside it.")
+        if self.sections < 1:
+            raise UsageError(f"--sections {self.sections}: a model has at least 1 section.")
+        if not 0 <= self.index < self.sections:
+            raise UsageError(
+                f"--index {self.index} is out of range for --sections {self.sections}: "
+                f"it must be 0 to {self.sections - 1}."
+            )
+
+    def _check_device(self) -> None:
+        kind, _, number = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (
+            ":" in self.device and (kind != "cuda" or not number.isdigit())
+        ):
+            raise UsageError(f"--device {self.device}: it must be auto, cpu, cuda or cuda:K.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it; of names, only `localhost` counts."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_listen(text: str) -> Address:
+    """Read HOST:PORT or [IPV6]:PORT."""
+    try:
+        return parse_address(text)
+    except UsageError as exc:
+        raise UsageError(f"--listen: {exc}") from exc
+
+
+def parse_layers(text: str) -> tuple[int, int]:
+    """Read "A:B", a half-open range of layers."""
+    start, colon, end = text.partition(":")
+    if not colon or not (start.strip().isdecimal() and end.strip().isdecimal()):
+        raise UsageError(f"--layers {text!r} is not A:B, a half-open range of layers as in 0:12.")
+    return int(start), int(end)
+
+
+def parse_kv_memory(text: str) -> int:
+    """Read the SIZE of --kv-memory."""
+    try:
+        return parse_byte_size(text)
+    except ValueError as exc:
+        raise UsageError(f"--kv-memory {exc}.") from exc

@@ -1,0 +1,135 @@
+"""How much memory this process may take, and what it takes already.
+
+Knows the machine, the control group around the process (Slurm, containers) and the GPU. Knows no
+model: the size of a block comes from the caller.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from proto.errors import UsageError
+
+# Without --kv-memory: a share that leaves room for activations and for other programs of a small
+# board. Two workers on one machine fit, too, as pages are only taken when blocks fill.
+CPU_SHARE: Final = 0.4
+CPU_LIMIT_BYTES: Final = 8 * 2**30
+GPU_SHARE: Final = 0.7
+
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What this process holds of its GPU, and how busy the GPU is; None where unknown."""
+
+    memory_bytes: int
+    busy: float | None
+
+
+def count_kv_blocks(asked_bytes: int | None, block_bytes: int, device_name: str) -> int:
+    """How many KV blocks this worker offers to its managers, all together.
+
+    Raises:
+        UsageError: the memory does not hold a single block.
+    """
+    kv_bytes = default_kv_bytes(device_name) if asked_bytes is None else asked_bytes
+    num_blocks = kv_bytes // block_bytes
+    if num_blocks < 1:
+        where = "free memory" if asked_bytes is None else "--kv-memory"
+        raise UsageError(
+            f"{where} of {kv_bytes} bytes holds no KV block: one takes {block_bytes} bytes over "
+            "these layers. Pass a larger --kv-memory, or hold fewer layers."
+        )
+    return int(num_blocks)
+
+
+def default_kv_bytes(device_name: str) -> int:
+    """The share of free memory that KV gets when nobody said how much."""
+    if device_name.startswith("cuda"):
+        import torch
+
+        free_bytes, _ = torch.cuda.mem_get_info(_torch_device(device_name))
+        return int(free_bytes * GPU_SHARE)
+    return min(int(free_cpu_bytes() * CPU_SHARE), CPU_LIMIT_BYTES)
+
+
+def free_cpu_bytes() -> int:
+    """What can still be allocated: the machine's free memory, or the control group's if less."""
+    free = int(psutil.virtual_memory().available)
+    for folder in _cgroup_folders():
+        limit, used = _read_int(folder / "memory.max"), _read_int(folder / "memory.current")
+        if limit is not None and used is not None:
+            free = min(free, max(limit - used + _page_cache_bytes(folder), 0))
+    return free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in Python, in torch's CPU allocator or on the GPU."""
+    is_named = type(error).__name__ == "OutOfMemoryError"  # torch's own, without importing it
+    # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, MemoryError) or is_named or "can't allocate memory" in str(error)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever held."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def gpu(device_name: str) -> Gpu | None:
+    """The GPU's numbers, None on a CPU."""
+    if not device_name.startswith("cuda"):
+        return None
+    import torch
+
+    device = _torch_device(device_name)
+    try:
+        busy: float | None = torch.cuda.utilization(device) / 100
+    except Exception:  # no pynvml, or a driver that does not tell: the rest is still worth having
+        busy = None
+    return Gpu(int(torch.cuda.memory_reserved(device)), busy)
+
+
+def _torch_device(device_name: str) -> str:
+    """ "cuda:0" of "cuda:0 NVIDIA H200"."""
+    return device_name.partition(" ")[0]
+
+
+def _cgroup_folders() -> list[Path]:
+    """This process's control group and those above it, where limits may stand (version 2)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        if line.startswith("0::/"):
+            group = _CGROUP / line.removeprefix("0::/")
+            return [group, *(p for p in group.parents if p.is_relative_to(_CGROUP))]
+    return []
+
+
+def _page_cache_bytes(folder: Path) -> int:
+    """What the group is charged for files read before, and gives back when it is needed."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,295 @@
+"""The life of a worker: bind the port, load the stage, serve, and leave in good order.
+
+Knows the order of these and what can interrupt them. What links may ask stands in
+`worker.service`; torch is imported on its own thread, after the port is bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Final
+
+from proto.address import Address, parse_address
+from proto.errors import Error, WorkerRefused
+from proto.framing import MAX_PAYLOAD_BYTES
+from proto.link import Link, Listener, connect, listen
+from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome, WorkerFacts
+from worker.compute import Compute
+from worker.config import WorkerConfig, is_loopback
+from worker.loading import Loading, LoadingAborted
+from worker.logs import fields
+from worker.memory import count_kv_blocks, free_cpu_bytes, is_out_of_memory
+
+if TYPE_CHECKING:
+    from engine.stage import Stage
+    from worker.service import Service
+
+log = logging.getLogger("comboio.worker")
+
+# A prefill chunk beyond this gains nothing: the processor is busy long before. What the payload
+# limit leaves for wide hidden states is less, with a quarter of it kept for block tables.
+MAX_STEP_TOKENS: Final = 4096
+# The step at hand is finished before leaving; Slurm gives 30 s between SIGTERM and SIGKILL.
+LAST_STEP_S: Final = 20.0
+# Loading is given up at its next tensor; importing torch cannot be interrupted.
+ABORT_LOADING_S: Final = 1.0
+# Python lets a thread that wants to run wait 5 ms for one that computes. The event loop has to
+# send a finished step while torch's thread already works on the next one: let it wait less.
+SWITCH_INTERVAL_S: Final = 0.0005
+
+
+def run(config: WorkerConfig) -> int:
+    """Hold one stage until somebody ends the process; returns the exit code.
+
+    Raises:
+        Error: the port cannot be had, or the stage cannot be loaded.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        server = runner.run(_make_server(config))
+        is_idle = runner.run(server.run())
+    if not is_idle:  # torch's thread still computes or imports; the interpreter would stumble
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on this platform
+        return None
+    return uvloop.Loop
+
+
+async def _make_server(config: WorkerConfig) -> Server:
+    return Server(config)
+
+
+class Server:
+    """One worker process."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._compute = Compute(self._loop)
+        self._loading = Loading()
+        self._service: Service | None = None  # None while loading
+        self._stopped: asyncio.Future[str] = self._loop.create_future()  # the reason
+        self._listen = str(config.listen)  # as it is bound, once it is
+
+    async def run(self) -> bool:
+        """From start to end; True if torch's thread is idle at the end."""
+        listener = await self._bind()
+        self._heed_signals()
+        try:
+            stage = await self._load_or_stop()
+            if stage is not None:
+                await self._serve(stage)
+        finally:
+            is_idle = await self._leave(listener)
+        return is_idle
+
+    # --- start -------------------------------------------------------------------------------
+
+    async def _bind(self) -> Listener:
+        config = self._config
+        if not (is_loopback(config.listen.host) or config.secret):
+            print(
+                f"worker: warning: --insecure: whoever can reach {config.listen} can use this "
+                "worker and read what its managers compute.",
+                file=sys.stderr,
+                flush=True,
+            )
+        listener = await listen(
+            str(config.listen),
+            welcome=self._welcome,
+            on_link=self._on_link,
+            on_refused=self._on_refused,
+            secret=config.secret,
+        )
+        self._listen = listener.address
+        log.info("listening", extra=fields(address=self._listen))
+        return listener
+
+    async def _load_or_stop(self) -> Stage | None:
+        """The stage, or None when the worker was told to stop before it was there."""
+        load = asyncio.ensure_future(
+            self._compute.call(partial(_load, self._config, self._loading))
+        )
+        either: set[asyncio.Future[Any]] = {load, self._stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        self._loading.close()
+        if load.done():
+            return load.result()
+        self._loading.is_aborted = True
+        load.add_done_callback(_ignore)
+        return None
+
+    async def _serve(self, stage: Stage) -> None:
+        from worker.service import Service  # pulls in torch, which is here by now
+
+        total_blocks = await self._compute.call(
+            partial(
+                count_kv_blocks,
+                self._config.kv_memory_bytes,
+                stage.block_bytes,
+                stage.device_name,
+            )
+        )
+        facts = make_facts(self._config, stage, self._listen, total_blocks)
+        name = name_for_people(facts)
+        self._service = Service(stage, facts, self._compute, self._connect_next, name)
+        print(ready_line(facts), flush=True)
+        await self._stopped
+
+    # --- end ---------------------------------------------------------------------------------
+
+    def _heed_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError):  # not a Unix
+                self._loop.add_signal_handler(number, self._stop, number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self._stopped.done():  # asked twice: somebody is in a hurry
+            os._exit(128 + number)
+        log.info("stopping", extra=fields(signal=number.name))
+        self._stopped.set_result(f"worker is shutting down ({number.name})")
+
+    async def _leave(self, listener: Listener) -> bool:
+        """Finish the step at hand, say goodbye, close; True if torch's thread is idle."""
+        reason = self._stopped.result() if self._stopped.done() else "worker could not start"
+        if self._service is not None:
+            self._service.stop()
+        is_idle = await self._compute.stop(
+            ABORT_LOADING_S if self._service is None else LAST_STEP_S
+        )
+        if self._service is not None:
+            self._service.leave_chains(reason)
+        await listener.close(reason)
+        return is_idle
+
+    # --- links -------------------------------------------------------------------------------
+
+    def _welcome(self, hello: Hello) -> Welcome:
+        if self._service is None:
+            raise WorkerRefused(
+                f"worker {self._listen} is still loading ({self._loading.percent} %)"
+            )
+        if hello.role is Role.NEIGHBOUR:
+            self._service.check_neighbour(hello.lease)
+        return Welcome(version=PROTOCOL_VERSION, agent=_agent(), worker=self._service.facts)
+
+    def _on_link(self, link: Link) -> None:
+        assert self._service is not None, "nobody is welcome before"
+        self._service.accept(link)
+
+    def _on_refused(self, peer: str, error: Exception) -> None:
+        log.info("link refused", extra=fields(peer=peer, reason=error))
+
+    async def _connect_next(self, address: str, lease_id: bytes) -> Link:
+        return await connect(
+            address,
+            role=Role.NEIGHBOUR,
+            agent=_agent(),
+            lease=lease_id,
+            secret=self._config.secret,
+        )
+
+
+def _load(config: WorkerConfig, loading: Loading) -> Stage:
+    """On torch's thread."""
+    from engine.stage import load_stage
+
+    try:
+        return load_stage(
+            config.model,
+            layers=config.layers,
+            sections=config.sections,
+            index=config.index,
+            dtype=config.dtype,
+            device=config.device,
+            threads=config.threads,
+            progress=loading.update,
+        )
+    except Error:
+        raise
+    except Exception as exc:
+        if not is_out_of_memory(exc):
+            raise
+        raise Error(
+            f"the layers do not fit into memory: {free_cpu_bytes() // 10**6} MB were free when "
+            f"loading stopped at {loading.percent} %. Hold fewer layers on this machine."
+        ) from exc
+
+
+def _ignore(load: asyncio.Future[Stage]) -> None:
+    """Nobody waits for a stage that was given up."""
+    if not load.cancelled():
+        error = load.exception()
+        if error is not None and not isinstance(error, LoadingAborted):
+            log.debug("loading failed while it was given up", extra=fields(error=error))
+
+
+def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: int) -> WorkerFacts:
+    """What this worker says of itself in Welcome."""
+    itemsize = 4 if stage.dtype_name == "float32" else 2
+    row_bytes = stage.hidden_size * itemsize + 4
+    return WorkerFacts(
+        listen=listen,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        model=stage.model_name,
+        model_path=config.model or "",
+        fingerprint=stage.fingerprint,
+        section=config.index if config.layers is None else None,
+        num_sections=config.sections if config.layers is None else None,
+        start_layer=stage.start_layer,
+        end_layer=stage.end_layer,
+        num_layers=stage.num_layers,
+        hidden_size=stage.hidden_size,
+        vocab_size=stage.vocab_size,
+        max_context=stage.max_context,
+        dtype=stage.dtype_name,
+        device=stage.device_name,
+        stage_bytes=stage.stage_bytes,
+        block_tokens=stage.block_tokens,
+        block_bytes=stage.block_bytes,
+        total_blocks=total_blocks,
+        free_blocks=total_blocks,
+        max_step_tokens=max(1, min(MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES * 3 // 4 // row_bytes)),
+    )
+
+
+def ready_line(facts: WorkerFacts) -> str:
+    """What scripts wait for on stdout."""
+    section = "-/-" if facts.section is None else f"{facts.section}/{facts.num_sections}"
+    return (
+        f"ready {facts.listen} section {section} "
+        f"layers {facts.start_layer}:{facts.end_layer} of {facts.num_layers} "
+        f"model {facts.model} bytes {facts.stage_bytes}"
+    )
+
+
+def name_for_people(facts: WorkerFacts) -> str:
+    """HOST:PORT that tells machines apart: 0.0.0.0 is the same on all of them."""
+    address = parse_address(facts.listen)
+    if address.host in ("0.0.0.0", "::"):
+        return str(Address(facts.host, address.port))
+    return facts.listen
+
+
+def _agent() -> str:
+    try:
+        return f"comboio/{metadata.version('comboio')}"
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "comboio/unknown"

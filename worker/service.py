@@ -1,0 +1,408 @@
+"""What managers, neighbours and observers may ask of a worker that holds a stage.
+
+Every method runs on the event loop and returns at once: torch works on its own thread
+(`worker.compute`), and links are made in the background (`worker.chain`). Knows the messages and
+what each does to leases, routes and steps; does not open the port, load the stage or end the
+process, which is `worker.server`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
+
+from proto.errors import LocalProtocolError, PeerLost, RemoteProtocolError, WorkerRefused
+from proto.framing import Frame
+from proto.link import Link
+from proto.messages import (
+    MAX_REASON_CHARS,
+    Lease,
+    Leased,
+    LinkLost,
+    Message,
+    Refused,
+    Release,
+    Role,
+    Route,
+    Routed,
+    StatusRequest,
+    Step,
+    StepDone,
+    WorkerFacts,
+)
+from worker.chain import NextLink, State
+from worker.compute import Compute
+from worker.leases import Leases, OpenLease
+from worker.logs import fields
+from worker.passage import Passage
+from worker.status import Counters, make_status
+from worker.steps import StepComputer
+
+if TYPE_CHECKING:
+    from engine.kv import BlockCache
+    from engine.stage import Stage
+
+log = logging.getLogger("comboio.worker")
+
+ConnectNext = Callable[[str, bytes], Awaitable[Link]]  # address of the next worker, lease id
+
+
+class Service:
+    """A loaded stage and everybody who uses it."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        facts: WorkerFacts,
+        compute: Compute,
+        connect_next: ConnectNext,
+        name: str,
+    ) -> None:
+        """Begin to serve.
+
+        Args:
+            facts: what Welcome says; all blocks are free.
+            connect_next: opens a link to the next worker of a chain.
+            name: HOST:PORT, for sentences and faults.
+        """
+        self._stage, self._facts, self._name = stage, facts, name
+        self._is_stopping = False
+        self._compute = compute
+        self._connect_next = connect_next
+        self._leases = Leases(facts.total_blocks, stage.block_tokens)
+        self._counters = Counters()
+        self._links: set[Link] = set()
+        self._from_manager: Final = {
+            Lease: self._lease,
+            Route: self._route,
+            Release: self._release,
+            Step: self._step_of_manager,
+            StatusRequest: self._status,
+        }
+
+    @property
+    def facts(self) -> WorkerFacts:
+        """What this worker says of itself, with the blocks that are free now."""
+        return replace(self._facts, free_blocks=self._leases.free_blocks)
+
+    def check_neighbour(self, lease_id: bytes | None) -> None:
+        """Refuse a neighbour's link that carries the steps of no lease of ours.
+
+        Raises:
+            WorkerRefused: in one sentence.
+        """
+        if lease_id is None or self._leases.get(lease_id) is None:
+            name = "none" if lease_id is None else lease_id.hex()[:8]
+            raise WorkerRefused(
+                f"worker {self._name} knows no lease {name}: its manager must ask for "
+                "one here before it routes steps to this worker"
+            )
+
+    def accept(self, link: Link) -> None:
+        """Serve a link whose handshake is done, until it closes."""
+        self._links.add(link)
+        role = link.hello.role
+        if role is Role.MANAGER:
+            link.on_closed = partial(self._manager_closed, link)
+            link.on_frame = partial(self._manager_says, link)
+            log.info("manager link open", extra=fields(peer=link.peer, agent=link.hello.agent))
+        elif role is Role.NEIGHBOUR:
+            self._accept_neighbour(link)
+        else:
+            link.on_closed = partial(self._closed, link)
+            link.on_frame = partial(self._status, link)
+
+    def stop(self) -> None:
+        """Take no more steps; what torch computes now is still handed on."""
+        self._is_stopping = True
+
+    def leave_chains(self, reason: str) -> None:
+        """Close the links to next workers; the others are the listener's to close."""
+        for lease in self._leases:
+            if lease.next is not None:
+                lease.next.close(f"{self._name}: {reason}")
+
+    # --- managers ----------------------------------------------------------------------------
+
+    def _manager_says(self, link: Link, frame: Frame) -> None:
+        self._from_manager[type(frame.message)](link, frame)
+
+    def _lease(self, link: Link, frame: Frame) -> None:
+        asked = frame.message
+        assert isinstance(asked, Lease)
+        try:
+            lease = self._leases.grant(
+                asked.lease,
+                min_blocks=asked.min_blocks,
+                want_blocks=asked.want_blocks,
+                manager=link,
+                is_traced=asked.trace,
+            )
+        except WorkerRefused as exc:
+            log.info("lease refused", extra=fields(peer=link.peer, reason=exc))
+            _send(link, Refused(reason=str(exc)))
+            return
+        allocation = _Allocation(self._stage, lease, self._allocated)
+        if not self._compute.submit(allocation):
+            self._leases.close(lease)
+            _send(link, Refused(reason=f"worker {self._name} has too much to do"))
+
+    def _allocated(self, allocation: _Allocation) -> None:
+        lease = allocation.lease
+        if lease.is_closed:
+            return
+        if allocation.cache is None:
+            self._leases.close(lease)
+            num_bytes = lease.num_blocks * self._stage.block_bytes
+            reason = (
+                f"worker {self._name} cannot allocate {num_bytes} bytes for "
+                f"{lease.num_blocks} KV blocks: {allocation.error}"
+            )
+            _send(lease.manager, Refused(reason=reason[:MAX_REASON_CHARS]))
+            return
+        lease.computer = StepComputer(
+            self._stage, allocation.cache, lease.num_blocks, worker=self._name
+        )
+        log.info(
+            "lease opened",
+            extra=fields(
+                lease=lease.short_id,
+                peer=lease.manager.peer,
+                blocks=lease.num_blocks,
+                free=self._leases.free_blocks,
+            ),
+        )
+        _send(lease.manager, Leased(lease=lease.id, blocks=lease.num_blocks))
+
+    def _release(self, link: Link, frame: Frame) -> None:
+        assert isinstance(frame.message, Release)
+        lease = self._leases.get(frame.message.lease)
+        if lease is not None and lease.manager is link:  # twice does no harm
+            self._close_lease(lease, "its manager released it")
+
+    def _manager_closed(self, link: Link, error: Exception | None) -> None:
+        reason = str(error) if error is not None else "its manager said goodbye"
+        log.info("manager link closed", extra=fields(peer=link.peer, reason=reason))
+        for lease in self._leases.of_manager(link):
+            self._close_lease(lease, reason)
+        self._closed(link, error)
+
+    def _close_lease(self, lease: OpenLease, reason: str) -> None:
+        self._leases.close(lease)
+        if lease.next is not None:
+            lease.next.close("the lease was closed")
+        for neighbour in lease.neighbours:
+            neighbour.close_soon("the lease was closed")
+        log.info(
+            "lease closed",
+            extra=fields(
+                lease=lease.short_id,
+                reason=reason,
+                blocks=lease.num_blocks,
+                free=self._leases.free_blocks,
+                dropped=lease.num_dropped,
+            ),
+        )
+
+    # --- the chain ---------------------------------------------------------------------------
+
+    def _route(self, link: Link, frame: Frame) -> None:
+        route = frame.message
+        assert isinstance(route, Route)
+        lease = self._lease_of(link, route.lease)
+        refusal = self._objection_to(route, frame.epoch, lease)
+        if refusal is not None:
+            _send(link, Refused(reason=refusal))
+            return
+        if lease.next is not None:
+            lease.next.close("a newer route replaced this link")
+        lease.epoch, lease.is_last, lease.next = frame.epoch, route.next is None, None
+        if route.next is None:
+            _send(link, Routed(lease=lease.id), epoch=lease.epoch)
+            return
+        lease.next = NextLink(
+            route.next,
+            connect=partial(self._connect_next, route.next, lease.id),
+            ours=self._facts,
+            name=self._name,
+            on_open=partial(_send, link, Routed(lease=lease.id), epoch=lease.epoch),
+            on_lost=partial(self._next_lost, lease, route.next, lease.epoch),
+        )
+
+    def _objection_to(self, route: Route, epoch: int, lease: OpenLease) -> str | None:
+        facts = self._facts
+        if epoch < lease.epoch:
+            return f"a route of epoch {epoch} came after one of epoch {lease.epoch}"
+        if route.next is None and not self._stage.is_last:
+            return (
+                f"worker {self._name} holds layers {facts.start_layer}:{facts.end_layer} of "
+                f"{facts.num_layers} and cannot be the last of a chain: a worker with the layers "
+                f"from {facts.end_layer} on is missing"
+            )
+        if route.next is not None and self._stage.is_last:
+            return (
+                f"worker {self._name} holds the last layers {facts.start_layer}:"
+                f"{facts.end_layer}: nothing can follow it, not even {route.next}"
+            )
+        return None
+
+    def _next_lost(self, lease: OpenLease, address: str, epoch: int, reason: str) -> None:
+        lost = LinkLost(lease=lease.id, next=address, reason=reason[:MAX_REASON_CHARS])
+        _send(lease.manager, lost, epoch=epoch)
+
+    def _accept_neighbour(self, link: Link) -> None:
+        lease_id = link.hello.lease
+        lease = None if lease_id is None else self._leases.get(lease_id)
+        if lease is None:  # closed since the handshake
+            link.close_soon("the lease was closed")
+            return
+        lease.neighbours.add(link)
+        link.on_closed = partial(self._neighbour_closed, link, lease)
+        link.on_frame = partial(self._step_of_neighbour, link, lease)
+        log.info("neighbour link open", extra=fields(peer=link.peer, lease=lease.short_id))
+
+    def _neighbour_closed(self, link: Link, lease: OpenLease, error: Exception | None) -> None:
+        lease.neighbours.discard(link)
+        reason = "goodbye" if error is None else str(error)
+        log.info("neighbour link closed", extra=fields(peer=link.peer, reason=reason))
+        self._closed(link, error)
+
+    # --- steps -------------------------------------------------------------------------------
+
+    def _step_of_manager(self, link: Link, frame: Frame) -> None:
+        assert isinstance(frame.message, Step)
+        self._step(link, self._lease_of(link, frame.message.lease), frame, frame.message)
+
+    def _step_of_neighbour(self, link: Link, lease: OpenLease, frame: Frame) -> None:
+        assert isinstance(frame.message, Step)
+        if frame.message.lease != lease.id:
+            raise RemoteProtocolError("a step of another lease than the link's came")
+        self._step(link, lease, frame, frame.message)
+
+    def _step(self, source: Link, lease: OpenLease, frame: Frame, step: Step) -> None:
+        if lease.is_closed or frame.epoch < lease.epoch or self._is_stopping:
+            lease.num_dropped += 1
+            return
+        computer = lease.computer
+        is_connecting = lease.next is not None and lease.next.state is State.CONNECTING
+        if frame.epoch > lease.epoch or computer is None or is_connecting:
+            raise RemoteProtocolError(
+                f"step {step.step} of epoch {frame.epoch} came before worker "
+                f"{self._name} had answered the lease and the route of that epoch"
+            )
+        passage = Passage(
+            frame, step, lease=lease, computer=computer, source=source, hand_on=self._hand_on
+        )
+        if passage.num_tokens > self._facts.max_step_tokens:
+            passage.fault(
+                f"a step of {passage.num_tokens} tokens is more than the "
+                f"{self._facts.max_step_tokens} that this worker takes"
+            )
+            passage.finish()
+        elif not self._compute.submit(passage):
+            passage.fault("too many steps wait on this worker")
+            passage.finish()
+
+    def _hand_on(self, passage: Passage) -> None:
+        """The outcome is here: to the next worker, or as tokens to the manager."""
+        lease = passage.lease
+        if passage.outcome is not None and passage.finished_s > passage.started_s:
+            self._counters.count_step(passage.num_tokens, passage.compute_s)
+        if passage.outcome is None or passage.is_stale:
+            lease.num_dropped += 1
+            return
+        if passage.is_last:
+            self._send_done(passage)
+        elif lease.next is not None:
+            self._send_on(passage, lease.next)
+        if lease.is_traced:
+            _send(lease.manager, passage.report(), epoch=passage.epoch)
+
+    def _send_on(self, passage: Passage, following: NextLink) -> None:
+        step, outcome, payload = passage.step, passage.outcome, passage.payload
+        assert outcome is not None and outcome.hidden is not None
+        following.send(
+            replace(
+                step,
+                faults=[*step.faults, *outcome.faults],
+                compute_s=[*step.compute_s, passage.compute_s],
+            ),
+            passage.frame.payload[: passage.frame.payload.nbytes - payload.hidden.nbytes],
+            outcome.hidden,
+            epoch=passage.epoch,
+        )
+
+    def _send_done(self, passage: Passage) -> None:
+        step, outcome = passage.step, passage.outcome
+        assert outcome is not None
+        done = StepDone(
+            lease=step.lease,
+            step=step.step,
+            drawn=outcome.drawn,
+            faults=[*step.faults, *outcome.faults],
+            compute_s=[*step.compute_s, passage.compute_s],
+        )
+        _send(passage.lease.manager, done, epoch=passage.epoch)
+
+    # --- the rest ----------------------------------------------------------------------------
+
+    def _status(self, link: Link, _frame: Frame) -> None:
+        counters = self._counters
+        status = make_status(
+            counters,
+            received_bytes=counters.received_bytes + sum(it.received_bytes for it in self._links),
+            sent_bytes=counters.sent_bytes + sum(it.sent_bytes for it in self._links),
+            read_bytes=self._stage.read_bytes,
+            total_blocks=self._leases.total_blocks,
+            free_blocks=self._leases.free_blocks,
+            num_leases=len(self._leases),
+            device_name=self._stage.device_name,
+        )
+        _send(link, status)
+
+    def _lease_of(self, link: Link, lease_id: bytes) -> OpenLease:
+        """The manager's own lease; another manager's counts as unknown."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.manager is not link:
+            raise RemoteProtocolError(f"lease {lease_id.hex()[:8]} is not open on this link")
+        return lease
+
+    def _closed(self, link: Link, _error: Exception | None) -> None:
+        self._links.discard(link)
+        self._counters.received_bytes += link.received_bytes
+        self._counters.sent_bytes += link.sent_bytes
+
+
+class _Allocation:
+    """Make a lease's blocks, on torch's thread: a large tensor takes its time."""
+
+    def __init__(self, stage: Stage, lease: OpenLease, then: Callable[[_Allocation], None]) -> None:
+        self.lease = lease
+        self.cache: BlockCache | None = None
+        self.error: str = ""
+        self._stage, self._then = stage, then
+
+    def compute(self) -> None:
+        if self.lease.is_closed:
+            return
+        try:
+            self.cache = self._stage.new_cache(self.lease.num_blocks)
+        except Exception as exc:  # torch says "no memory" in several classes
+            self.error = " ".join(str(exc).split()) or type(exc).__name__
+
+    def finish(self) -> None:
+        self._then(self)
+
+
+def _send(link: Link, message: Message, epoch: int = 0) -> None:
+    """Send, unless the link is gone: its `on_closed` deals with that."""
+    try:
+        link.send(message, epoch=epoch)
+    except PeerLost:
+        pass
+    except LocalProtocolError as exc:
+        link.fail(exc)  # nothing waits for ever for what could not be said
