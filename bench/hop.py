@@ -68,8 +68,8 @@ class NoStage:
     def __init__(self, hidden_size: int) -> None:
         self.hidden_size = hidden_size
 
-    def new_cache(self, num_blocks: int) -> None:
-        return None
+    def new_cache(self, num_blocks: int) -> object:
+        return object()
 
     def forward(self, token_ids: Tensor, hidden: Tensor, runs: object, cache: object) -> Tensor:
         return hidden
@@ -148,6 +148,8 @@ class Peer:
                     self.send(Pong(number=message.number, clock_s=time.monotonic()))
                 elif isinstance(message, kind):
                     return message
+                elif not isinstance(message, Pong):
+                    raise SystemExit(f"expected {kind.__name__}, got {message}")
             num_bytes = self.sock.recv_into(self._space)
             self.last_byte_s = time.perf_counter()
             if not num_bytes:
@@ -182,10 +184,7 @@ def measure_worker(hidden_size: int, num_steps: int) -> tuple[list[float], int, 
             sequence=1, start=15, num_tokens=1, num_blocks=1, rope_length=16, sampling=Sampling()
         )
         payload = bytes(4 + 4 + 2 * hidden_size)
-        frame = b"".join(
-            encode_frame(Step(lease=LEASE, step=1, runs=[run]), [payload], epoch=1)
-        )
-        before = following.session  # bytes out are counted once, on the last step
+        frame = b"".join(encode_frame(Step(lease=LEASE, step=1, runs=[run]), [payload], epoch=1))
 
         def one() -> float:
             manager.sock.sendall(frame)
@@ -193,11 +192,10 @@ def measure_worker(hidden_size: int, num_steps: int) -> tuple[list[float], int, 
             return following.last_byte_s
 
         times = timed(one, num_steps, each=lambda: keep_alive(manager))
-        del before
-        out_bytes = len(frame) + 9  # one more float64 in compute_s
         manager.sock.close()
         following.sock.close()
-    return times, len(frame), out_bytes
+    # what goes on has one more float64, in compute_s
+    return times, len(frame), len(frame) + 9
 
 
 def keep_alive(peer: Peer) -> None:

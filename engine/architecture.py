@@ -61,17 +61,6 @@ class Architecture:
         return None
 
     @property
-    def layer_windows(self) -> dict[int, tuple[str, int]]:
-        """Global layer index -> ("sliding" | "chunked", tokens), where the config says so."""
-        windows: dict[int, tuple[str, int]] = {}
-        for layer, kind in enumerate(getattr(self.config, "layer_types", None) or []):
-            if kind == "sliding_attention" and getattr(self.config, "sliding_window", None):
-                windows[layer] = ("sliding", int(self.config.sliding_window))
-            elif kind == "chunked_attention" and getattr(self.config, "attention_chunk_size", None):
-                windows[layer] = ("chunked", int(self.config.attention_chunk_size))
-        return windows
-
-    @property
     def active_expert_share(self) -> float:
         """Part of a mixture-of-experts layer's expert weights that one token uses; 1 if dense."""
         experts = _first(self.config, "num_local_experts", "num_experts", "n_routed_experts")
@@ -140,7 +129,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         num_layers=_required(config, name, "num_hidden_layers"),
         hidden_size=_required(config, name, "hidden_size"),
         vocab_size=_required(config, name, "vocab_size"),
-        max_context=getattr(config, "max_position_embeddings", None) or 2**20,
+        max_context=_max_context(config),
         dtype=_stored_dtype(whole, config),
         nested=config is not whole,
     )
@@ -171,6 +160,15 @@ def _refuse_other_state(config: Any, name: str) -> None:
                 f"{name} cannot be split: its layer {layer} is {kind!r}, which keeps "
                 "state other than keys and values"
             )
+
+
+def _max_context(config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or 2**20
+    # Llama 4 scales queries from this position on, but counts positions from the start of a step.
+    floor = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", None) and isinstance(floor, int):
+        return min(positions, floor - 1)
+    return int(positions)
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:

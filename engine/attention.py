@@ -3,8 +3,9 @@
 transformers hands every attention call to a function chosen by name. Ours writes the new keys
 and values into the lease's blocks and attends to what each sequence has there, so one flat batch
 of tokens may belong to many sequences at different positions. No mask tensor is made: causality
-and windows follow from positions. Knows no architecture; what it is told per call (window, soft
-cap, sinks) is all that differs between them.
+and windows follow from positions, by the rule that `engine.masks` learnt for each call. Knows no
+architecture; that rule and what it is told per call (scale, soft cap, sinks) is all that differs
+between them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.kv import BlockCache, KvSpan, Site, SiteShape, span_of, token_slots
+from engine.masks import FULL, MaskFunction, MaskNotes, Rule
 from proto.errors import ModelUnfit
 
 ATTENTION_NAME: Final = "comboio"
@@ -69,10 +71,11 @@ class StepContext:
     """What attention and rotary tables need to know of the step that is running."""
 
     runs: Sequence[StageRun]
-    cache: BlockCache | None  # None: only note the shapes (the very first pass of a stage)
+    cache: BlockCache | None  # None: attention computes nothing
     device: torch.device
     slots: Tensor  # (tokens,) int64 on `device`: where new keys and values go
-    layer_windows: dict[int, tuple[str, int]]  # by global layer: ("sliding" | "chunked", tokens)
+    rules: dict[Site, Rule] = field(default_factory=dict)  # what each attention call may see
+    notes: MaskNotes | None = None  # only in the pass that learns `rules` and `shapes`
     layer: int = -1  # set by the layer slot that is running
     calls: int = 0  # attention calls seen in this layer
     shapes: dict[Site, SiteShape] = field(default_factory=dict)
@@ -139,7 +142,8 @@ def block_attention(
         query: (1, heads, tokens, key_size), rotary already applied.
         key: (1, kv_heads, tokens, key_size).
         value: (1, kv_heads, tokens, value_size).
-        sliding_window: how many positions back a token sees, itself included.
+        sliding_window: how many positions back a token sees, itself included; only heard where
+            the model makes no mask.
         softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv:2408.00118).
         s_aux: (heads,) logits of attention sinks, which take part in the softmax only.
     Returns:
@@ -147,9 +151,16 @@ def block_attention(
     Raises:
         ModelUnfit: the model asks for something that this attention does not do.
     """
-    _refuse_unknown(module, attention_mask, others)
     step = current()
     site = (step.layer, step.calls)
+    if step.notes is not None:
+        rule = FULL if not sliding_window else Rule("sliding", sliding_window)
+        if attention_mask is not None:
+            rule = step.notes.rule(attention_mask) or _refuse_mask(module)
+        step.rules[site] = rule
+    elif attention_mask is not None:
+        _refuse_mask(module)
+    _refuse_unknown(module, others)
     step.calls += 1
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     queries = query[0]
@@ -159,20 +170,18 @@ def block_attention(
         shape = (1, num_tokens, queries.shape[0], value_size)
         return query.new_zeros(shape), None
     step.cache.write(site, step.slots, keys, values)
-    kind, window = step.layer_windows.get(step.layer, ("full", 0))
-    if sliding_window is not None and kind == "full":
-        kind, window = "sliding", sliding_window
+    rule = step.rules[site]
     scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
     out = query.new_empty(num_tokens, queries.shape[0], value_size)
     row = 0
     for number, run in enumerate(step.runs):
-        first = first_visible(kind, window, run.start)
+        first = rule.first_visible(run.start)
         past_keys, past_values = step.cache.read(site, step.span(number, first))
         result = _attend(
             queries[:, row : row + run.num_tokens],
             past_keys.transpose(0, 1),
             past_values.transpose(0, 1),
-            visible=_Visible(kind, window, first, run.start),
+            visible=_Visible(rule, first, run.start),
             scale=scale,
             softcap=softcap,
             sinks=s_aux,
@@ -182,34 +191,19 @@ def block_attention(
     return out.unsqueeze(0), None
 
 
-def first_visible(kind: str, window: int, position: int) -> int:
-    """The earliest position that a token at `position` attends to."""
-    if kind == "sliding":
-        return max(0, position - window + 1)
-    if kind == "chunked":
-        return position // window * window
-    return 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Visible:
     """Which of the positions from `first` on each query from `start` on may see."""
 
-    kind: str
-    window: int
+    rule: Rule
     first: int
     start: int
 
     def mask(self, low: int, high: int, num_keys: int, device: torch.device) -> Tensor:
         """Boolean (high - low, num_keys): what queries low..high of the run see."""
-        positions = torch.arange(self.start + low, self.start + high, device=device)[:, None]
-        others = torch.arange(self.first, self.first + num_keys, device=device)[None, :]
-        visible = others <= positions
-        if self.kind == "sliding":
-            visible &= others > positions - self.window
-        elif self.kind == "chunked":
-            visible &= others >= positions // self.window * self.window
-        return visible
+        positions = torch.arange(self.start + low, self.start + high, device=device)
+        others = torch.arange(self.first, self.first + num_keys, device=device)
+        return self.rule.visible(positions[:, None], others[None, :])
 
 
 def _attend(
@@ -236,7 +230,7 @@ def _attend(
         folded = queries.view(kv_heads, group, -1)
         result = scaled_dot_product_attention(folded[None], keys[None], values[None], scale=scale)
         return result[0].reshape(heads, 1, -1)
-    whole = num_keys == num_queries and visible.kind == "full"
+    whole = num_keys == num_queries and visible.rule == FULL
     mask = None if whole else visible.mask(0, num_queries, num_keys, queries.device)
     result = scaled_dot_product_attention(
         queries[None],
@@ -285,15 +279,15 @@ def _attend_explicitly(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _refuse_unknown(
-    module: nn.Module, attention_mask: Tensor | None, others: dict[str, Any]
-) -> None:
+def _refuse_mask(module: nn.Module) -> NoReturn:
+    raise ModelUnfit(
+        f"{type(module).__name__} makes an attention mask of its own, "
+        "which attention over KV blocks does not support: this architecture cannot be split"
+    )
+
+
+def _refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
     """Raise when a call carries something that would change the result and is not done here."""
-    if attention_mask is not None:
-        raise ModelUnfit(
-            f"{type(module).__name__} makes an attention mask of its own, "
-            "which attention over KV blocks does not support: this architecture cannot be split"
-        )
     if others.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
         raise ModelUnfit(
             f"{type(module).__name__} attends to later tokens too: "
@@ -307,17 +301,32 @@ def _refuse_unknown(
             )
 
 
-def no_mask(*_args: Any, **settings: Any) -> None:
+def block_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **_others: Any,
+) -> Tensor | None:
     """Registered as transformers' mask function: positions say it all, no tensor is made.
+
+    Only a pass that learns gets a marker, which tells its attention calls what they may see.
 
     Raises:
         ModelUnfit: the model combines the causal mask with a rule of its own.
     """
-    if settings.get("use_vmap"):
+    if use_vmap:
         raise ModelUnfit(
             "this architecture combines the causal mask with a rule of its own, "
             "which attention over KV blocks does not support: it cannot be split"
         )
+    notes = current().notes
+    if notes is None:
+        return None
+    return notes.marker(mask_function, local_size, (batch_size, 1, q_length, kv_length))
 
 
 def register() -> None:
@@ -325,4 +334,4 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, block_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, block_mask)

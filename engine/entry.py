@@ -95,14 +95,26 @@ class Entry:
         stub_unloaded(model)
         fill_buffers(model, torch.device("cpu"))
         by_length(model)
-        probe = torch.arange(min(4, self.vocab_size))
-        if bool(self._run(probe, torch.arange(len(probe))).isnan().any()):
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse embeddings that are no numbers, or that depend on how steps are cut."""
+        probe = torch.arange(min(8, self.vocab_size))
+        whole = self._run(probe, torch.arange(len(probe)))
+        if bool(whole.isnan().any()):
             raise ModelError(
-                f"the embeddings of {checkpoint.name} hold NaN: "
+                f"the embeddings of {self.model_name} hold NaN: "
                 "the checkpoint is damaged, fetch it again"
             )
+        backwards = self._run(probe.flip(0), torch.arange(len(probe)).flip(0)).flip(0)
+        for other in (backwards, self._run(probe, None)):
+            if float((other - whole).float().norm()) > 0.01 * float(whole.float().norm()):
+                raise ModelUnfit(
+                    f"{self.architecture} cannot be split: what comes before its first layer "
+                    "counts positions in a way of its own"
+                )
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         return run_to_first_layer(self._model, self._conductor, ids, positions)
 
     def _find_plain_embedding(self) -> nn.Module | None:

@@ -30,12 +30,25 @@ class Nothing(nn.Module):
     self-check would see NaN and refuse the model, instead of computing with made-up numbers.
     """
 
-    def __init__(self, told: nn.Module, called: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        told: nn.Module,
+        called: Callable[[], None] | None = None,
+        device: torch.device = _CPU,
+    ) -> None:
         """`told` is the module it stands for; `called` hears of every call."""
         super().__init__()
         self._width = getattr(told, "embedding_dim", None)
+        self._shape = getattr(getattr(told, "weight", None), "shape", None)
         self._out_features = getattr(told, "out_features", None)
-        self._called = called
+        self._called, self._device = called, device
+
+    @property
+    def weight(self) -> Tensor:
+        """For models that ask a module's weight where it lies, or use it without a call."""
+        if self._shape is None:
+            raise AttributeError("weight")
+        return torch.full((), float("nan"), device=self._device).expand(self._shape)
 
     def forward(self, given: Tensor, *_args: Any, **_settings: Any) -> Tensor:
         """NaN in the shape that the module would have given."""
@@ -89,21 +102,22 @@ def before_and_after(
 
 
 def run_to_first_layer(
-    model: Any, conductor: Conductor, token_ids: Tensor, positions: Tensor
+    model: Any, conductor: Conductor, token_ids: Tensor, positions: Tensor | None
 ) -> Tensor:
-    """What the first layer would get: (tokens, hidden_size) for (tokens,) ids and positions."""
+    """What the first layer would get: (tokens, hidden_size) for (tokens,) ids and positions.
+
+    Without positions, the model counts them itself.
+    """
     run = attention.StageRun(
         start=0, num_tokens=len(token_ids), rope_length=len(token_ids), blocks=token_ids[:0]
     )
-    context = StepContext(
-        runs=[run], cache=None, device=_CPU, slots=token_ids[:0], layer_windows={}
-    )
+    context = StepContext(runs=[run], cache=None, device=_CPU, slots=token_ids[:0])
     conductor.layers_pass(None)
     with torch.inference_mode(), attention.running(context):
         try:
             model(
                 input_ids=token_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
+                position_ids=positions.unsqueeze(0) if positions is not None else None,
                 use_cache=False,
             )
         except SectionDone:
@@ -128,12 +142,12 @@ def put_slots(model: nn.Module, path: str, layers: nn.ModuleList, conductor: Con
     _put(model, path, slots)
 
 
-def stub_unloaded(model: nn.Module) -> None:
+def stub_unloaded(model: nn.Module, device: torch.device = _CPU) -> None:
     """Put a stand-in wherever a module's weights were not loaded."""
     for where, module in list(model.named_modules()):
         own = list(module.parameters(recurse=False))
         if where and own and all(it.is_meta for it in own):
-            _put(model, where, Nothing(module))
+            _put(model, where, Nothing(module, device=device))
 
 
 def _put(model: nn.Module, where: str, module: nn.Module) -> None:

@@ -145,7 +145,7 @@ class Roster:
             if self._has_room(sequence, shared):
                 break
             if not self._preempt_for(sequence):
-                # Only events that change the situation can help, or the return of a younger one.
+                # A newcomer is asked again when something changed; this one at every return.
                 self._no_room = None if overtaken else situation
                 return False
         self._start(sequence, shared, chain)
@@ -154,16 +154,13 @@ class Roster:
     def grow(self, sequence: Sequence) -> bool:
         """Give a running sequence a block for its next position if it needs one; False: not now.
 
-        The oldest gets it as soon as nothing younger is in flight. The youngest, when nobody is
-        left to take it from, is sent back itself.
+        The oldest gets it as soon as the youngest is home. The youngest keeps what it holds and
+        waits until an older one ends, or takes it all.
         """
         held = len(sequence.blocks)
         if held * self.pool.block_tokens > sequence.issued:
             return True
         if self.pool.num_available == 0 and not self._preempt_for(sequence):
-            if sequence is self.running[-1]:
-                self.send_back(sequence)
-                self.preemptions += 1
             return False
         room = self._final_blocks(sequence) - held
         sequence.blocks += self.pool.allocate(1, after=sequence.blocks[-1], room=room)

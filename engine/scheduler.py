@@ -308,9 +308,9 @@ class Scheduler:
             pool.forget(block)
         if run.is_current:
             self._roster.forget_blocks_of(run.sequence)
+        # What those published themselves is found no more: it stands behind a forgotten block.
         for sequence in tuple(self._roster.running):
             if sequence is not run.sequence and not garbage.isdisjoint(sequence.blocks):
-                self._roster.forget_blocks_of(sequence)
                 self._roster.send_back(sequence)
 
     # --- topology ----------------------------------------------------------------------------

@@ -66,6 +66,11 @@ def check_stage(stage: Stage) -> None:
             f"{stage.end_layer}: its layers give NaN on random input, so its weights are damaged "
             "or its layers need more than the hidden states of the layer before"
         )
+    if stage.is_last and bool(stage.logits(whole).isnan().any()):
+        raise ModelUnfit(
+            f"the lm_head of {stage.model_name}, or the norm before it, gives NaN on numbers: "
+            "the checkpoint is damaged, fetch it again"
+        )
     error = _relative_error(chunked[_CUT:], whole[_CUT:])
     if error > _TOLERANCE[stage.dtype]:
         raise ModelUnfit(

@@ -21,6 +21,7 @@ from engine.architecture import DTYPES, Architecture, find_layers, read_architec
 from engine.attention import StageRun, StepContext, slots_of
 from engine.checkpoint import Checkpoint
 from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
+from engine.masks import MaskNotes, Rule
 from engine.outline import before_and_after, put_slots, stub_unloaded
 from engine.plan import plan_section
 from engine.rotary import by_length
@@ -65,9 +66,7 @@ class Stage:
         self.device_name = _device_name(device)
         self.feeds_token_ids = feeds_token_ids  # this model's layers see the token ids as well
         self._model, self._conductor = model, conductor
-        self._windows = architecture.layer_windows
-        self._shapes: dict[Site, SiteShape] = {}
-        self._shapes = self._learn_shapes()
+        self._shapes, self._rules = self._learn_attention()
         self.block_bytes = block_bytes(self._shapes, dtype)
 
     @property
@@ -107,7 +106,7 @@ class Stage:
             cache=cache,
             device=self.device,
             slots=slots_of(runs, self.device),
-            layer_windows=self._windows,
+            rules=self._rules,
         )
         return self._layers(token_ids, hidden, context)
 
@@ -123,9 +122,7 @@ class Stage:
         rows = hidden.shape[0]
         self._conductor.tail_pass(hidden.unsqueeze(0))
         runs = [StageRun(start=0, num_tokens=rows, rope_length=rows, blocks=_NO_BLOCKS)]
-        context = StepContext(
-            runs=runs, cache=None, device=self.device, slots=_NO_BLOCKS, layer_windows={}
-        )
+        context = StepContext(runs=runs, cache=None, device=self.device, slots=_NO_BLOCKS)
         with torch.inference_mode(), attention.running(context):
             out = self._call(hidden.unsqueeze(0), torch.zeros_like(hidden[:, 0]).long(), context)
         logits: Tensor = out.logits[0]
@@ -152,8 +149,8 @@ class Stage:
             return self._model(input_ids=ids, position_ids=position_ids, use_cache=False)
         return self._model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
 
-    def _learn_shapes(self) -> dict[Site, SiteShape]:
-        """Run two positions once without a cache, to see what attention keeps per token."""
+    def _learn_attention(self) -> tuple[dict[Site, SiteShape], dict[Site, Rule]]:
+        """Run two positions once without a cache: what attention keeps, and what it may see."""
         hidden = torch.zeros(2, self.hidden_size, dtype=self.dtype)
         run = StageRun(start=0, num_tokens=2, rope_length=2, blocks=_NO_BLOCKS)
         context = StepContext(
@@ -161,7 +158,7 @@ class Stage:
             cache=None,
             device=self.device,
             slots=_NO_BLOCKS,
-            layer_windows=self._windows,
+            notes=MaskNotes(),
         )
         self._layers(torch.zeros(2, dtype=torch.int64), hidden, context)
         silent = [
@@ -174,7 +171,7 @@ class Stage:
                 f"{self.architecture} cannot be split: its layer {silent[0]} does not call "
                 "transformers' attention interface (its attention or its state is its own)"
             )
-        return context.shapes
+        return context.shapes, context.rules
 
 
 _NO_BLOCKS = torch.zeros(0, dtype=torch.int64)
@@ -301,7 +298,7 @@ def _load_section(
 
     held = plan.load(wanted, device, count)
     put_slots(model, path, layers, conductor)
-    stub_unloaded(model)
+    stub_unloaded(model, device)
     fill_buffers(model, device)
     return held
 

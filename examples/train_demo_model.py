@@ -288,7 +288,7 @@ def optimizers_for(model: LlamaForCausalLM, learning_rate: float) -> list[torch.
     """Muon for the matrices of the layers, Adam for the embeddings and the norms.
 
     After 250,000 tokens Muon was at a held-out loss of 5.5 where AdamW alone was at 6.2, for a
-    tenth more time. Muon: https://kellerjordan.github.io/posts/muon, and arXiv:2502.16982 for how
+    sixth more time. Muon: https://kellerjordan.github.io/posts/muon, and arXiv:2502.16982 for how
     its rate is brought to AdamW's scale. Rows of the embedding are seldom met: a doubled rate.
     """
     layers = list(model.model.layers.parameters())
@@ -488,7 +488,8 @@ A continuation of "The function returns", drawn with the saved settings and seed
 
 {training["steps"]:,} steps, {training["tokens"]:,} tokens, arithmetic {training["arithmetic"]};
 {training["wall_s"] / 60:.1f} minutes by the clock and {training["cpu_s"] / 60:.1f} CPU minutes in
-the training loop, on a machine that did other work at the same time. torch {figures["torch"]},
+the training loop, on a machine that may have done other work at the same time. `--steps` in place
+of `--minutes` asks for the same amount of training on any machine. torch {figures["torch"]},
 transformers {figures["transformers"]}.
 """
 

@@ -117,7 +117,9 @@ class _Lanes:
 
         requests = self._measurement.requests
         try:
-            prompt = encode(self._pipeline, row)
+            # A plain text is left to the pipeline, which encodes long ones beside the event loop.
+            prompt = row.prompt if row.messages is None else encode(self._pipeline, row)
+            assert prompt is not None
             completion = await self._pipeline.generate(prompt, row.options, on_piece=count)
         except RequestRefused as exc:
             requests.failed += 1

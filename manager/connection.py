@@ -33,15 +33,21 @@ async def open_pipeline(
     async with _workers(config, notices) as workers:
         from manager.pipeline import Pipeline
 
-        pipeline = await Pipeline.open(
-            workers,
-            model=config.model,
-            secret_file=config.secret_file,
-            max_sequences=max_sequences,
-            max_tokens_hint=max_tokens_hint,
-            trace=_open_trace(config),
-            on_progress=notices.show,
-        )
+        trace = _open_trace(config)
+        try:
+            pipeline = await Pipeline.open(
+                workers,
+                model=config.model,
+                secret_file=config.secret_file,
+                max_sequences=max_sequences,
+                max_tokens_hint=max_tokens_hint,
+                trace=trace,
+                on_progress=notices.show,
+            )
+        except BaseException:
+            if trace is not None:
+                trace.close()
+            raise
         async with pipeline:
             notices.clear()
             yield pipeline

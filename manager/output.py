@@ -127,6 +127,8 @@ def _moving_line() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -29,7 +30,7 @@ from manager.steps import StepWriter
 from manager.text import Vocabulary
 from manager.topology import OpenChain, open_chain
 from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
-from proto.messages import LinkLost, Status, Step, WorkerFacts
+from proto.messages import LinkLost, Role, Status, Step, WorkerFacts
 from proto.secret import read_secret_file
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 # One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
 # tokens beside it do not wait long.
 TOKEN_BUDGET: Final = 512
+
+# Tokenizers take about a millisecond for so much; longer texts are left to a thread.
+INLINE_CHARS: Final = 4096
 
 OnProgress = Callable[[str], None]  # a few words on what is being done
 OnPrefill = Callable[[int, int], None]  # prompt tokens computed, prompt tokens
@@ -50,14 +54,15 @@ class Pipeline:
     def __init__(
         self,
         chain: OpenChain,
-        entry: Entry,
+        loaded: _Loaded,
         *,
         lease: bytes,
         num_blocks: int,
         trace: Trace | None,
     ) -> None:
-        self._chain, self._entry, self._lease, self._trace = chain, entry, lease, trace
-        self._encoder = Encoder(entry.tokenizer, entry.model_name)
+        self._chain, self._lease, self._trace = chain, lease, trace
+        self._encoder, entry = loaded.encoder, loaded.entry
+        self._encoding = asyncio.Lock()  # one long prompt at a time leaves the loop
         self.max_context: Final = chain.facts[0].max_context
         self._writer = StepWriter(lease, entry, self._send_step, self._writer_failed)
         self._dispatcher = Dispatcher(
@@ -70,7 +75,7 @@ class Pipeline:
                 rope_switch=entry.rope_switch,
             ),
             self._writer,
-            Vocabulary(entry.tokenizer),
+            loaded.vocabulary,
             eos=entry.eos_token_ids,
             prompt_salt=entry.prompt_salt,
             trace=trace,
@@ -107,31 +112,37 @@ class Pipeline:
         if max_sequences < 1:
             raise UsageError(f"max_sequences is {max_sequences}: at least 1 request must run.")
         secret = None if secret_file is None else read_secret_file(secret_file)
+        on_progress("looking at the workers")
+        facts = await _look(workers, secret)
+        # No link is open meanwhile: importing torch can hold this process up for longer than a
+        # worker waits for a sign of life.
+        on_progress(f"loading the tokenizer of {facts.model}")
+        loaded = await asyncio.to_thread(_load, model, facts)
+        if callable(max_tokens_hint):
+            max_tokens_hint = await asyncio.to_thread(max_tokens_hint, loaded.encoder)
         on_progress("connecting to the workers")
         chain = await open_chain(workers, secret=secret)
         try:
-            on_progress(f"loading the tokenizer of {chain.facts[0].model}")
-            entry = await asyncio.to_thread(_load_entry, model, chain)
-            on_progress("reserving room on the workers")
+            loaded.check(chain.facts[0])
             lease = secrets.token_bytes(16)
-            if callable(max_tokens_hint):
-                max_tokens_hint = max_tokens_hint(Encoder(entry.tokenizer, entry.model_name))
             min_blocks, want_blocks = wanted_blocks(chain.facts, max_sequences, max_tokens_hint)
             num_blocks = await chain.lease(
                 lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace is not None
             )
             await chain.route(lease, epoch=0)
+            if trace is not None:
+                await chain.compare_clocks()
         except BaseException:
             await chain.close("the manager gave up")
             raise
-        return cls(chain, entry, lease=lease, num_blocks=num_blocks, trace=trace)
+        return cls(chain, loaded, lease=lease, num_blocks=num_blocks, trace=trace)
 
     # --- what there is -----------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, a transformers one."""
-        return self._entry.tokenizer
+        return self._encoder.tokenizer
 
     @property
     def workers(self) -> tuple[WorkerFacts, ...]:
@@ -146,7 +157,7 @@ class Pipeline:
     @property
     def model_name(self) -> str:
         """The model's name for people."""
-        return self._entry.model_name
+        return self._encoder.model_name
 
     @property
     def lost(self) -> Error | None:
@@ -190,7 +201,7 @@ class Pipeline:
             RequestRefused: it can never run: empty, or longer than the context or the KV.
             WorkerLost: a worker went away before the request.
         """
-        sequence = self._submit(prompt, options, on_prefill)
+        sequence = await self._submit(prompt, options, on_prefill)
         try:
             async for piece in sequence.pieces():
                 yield piece
@@ -212,7 +223,7 @@ class Pipeline:
         Raises:
             RequestRefused, WorkerLost: as `stream`.
         """
-        sequence = self._submit(prompt, options, on_prefill)
+        sequence = await self._submit(prompt, options, on_prefill)
         try:
             async for piece in sequence.pieces():
                 if on_piece is not None:
@@ -221,18 +232,18 @@ class Pipeline:
             self._dispatcher.cancel(sequence)
         return sequence.completion()
 
-    def _submit(
+    async def _submit(
         self,
         prompt: str | Sequence[int] | Prompt,
         options: GenerationOptions,
         on_prefill: OnPrefill | None,
     ) -> ActiveSequence:
-        if self._closed:
-            raise UsageError("the pipeline is closed: open another one.")
         if isinstance(prompt, str):
-            prompt = self.encode(prompt)
+            prompt = await self._encode(prompt)
         elif not isinstance(prompt, Prompt):
             prompt = Prompt(tuple(prompt))
+        if self._closed:
+            raise UsageError("the pipeline is closed: open another one.")
         vocab_size = self._chain.facts[0].vocab_size
         stranger = next((i for i in prompt.token_ids if not 0 <= i < vocab_size), None)
         if stranger is not None:
@@ -240,6 +251,12 @@ class Pipeline:
                 f"the prompt has token id {stranger}, the model's ids are 0 to {vocab_size - 1}."
             )
         return self._dispatcher.submit(prompt, options, on_prefill)
+
+    async def _encode(self, text: str) -> Prompt:
+        if len(text) < INLINE_CHARS:
+            return self.encode(text)
+        async with self._encoding:
+            return await asyncio.to_thread(self.encode, text)
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -328,25 +345,47 @@ def wanted_blocks(
     return least, max(least, min(best, most))
 
 
-def _load_entry(model: str | None, chain: OpenChain) -> Entry:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What the manager reads of a checkpoint."""
+
+    entry: Entry
+    encoder: Encoder
+    vocabulary: Vocabulary
+
+    def check(self, facts: WorkerFacts) -> None:
+        """Raises ModelError unless the workers hold the same model."""
+        entry = self.entry
+        if entry.fingerprint != facts.fingerprint:
+            raise ModelError(
+                f"--model {entry.model_name} ({entry.fingerprint[:8]}) is not the model that the "
+                f"workers hold, {facts.model} ({facts.fingerprint[:8]}): pass the same checkpoint."
+            )
+
+
+async def _look(workers: str | Sequence[str] | None, secret: bytes | None) -> WorkerFacts:
+    """What the workers hold; they are known to make up a chain, as far as that goes."""
+    chain = await open_chain(workers, role=Role.OBSERVER, secret=secret)
+    await chain.close("only looked")
+    return chain.facts[0]
+
+
+def _load(model: str | None, facts: WorkerFacts) -> _Loaded:
     """Tokenizer and embeddings, of the same checkpoint as the workers'."""
     from engine.entry import load_entry
 
-    facts = chain.facts[0]
     path = model if model is not None else facts.model_path or None
     try:
         entry = load_entry(path, dtype=facts.dtype)
     except ModelError as exc:
-        if model is None:
-            raise ModelError(
-                f"the workers hold {facts.model} ({facts.model_path or 'the demo model'}), and its "
-                f"tokenizer is to be read here, but: {exc}; pass --model with the same model's "
-                "folder on this machine"
-            ) from exc
-        raise
-    if entry.fingerprint != facts.fingerprint:
+        if model is not None:
+            raise
         raise ModelError(
-            f"--model {entry.model_name} ({entry.fingerprint[:8]}) is not the model that the "
-            f"workers hold, {facts.model} ({facts.fingerprint[:8]}): pass the same checkpoint."
-        )
-    return entry
+            f"the workers hold {facts.model} ({facts.model_path or 'the demo model'}), and its "
+            f"tokenizer is to be read here, but: {exc}; pass --model with the same model's "
+            "folder on this machine"
+        ) from exc
+    encoder = Encoder(entry.tokenizer, entry.model_name)
+    loaded = _Loaded(entry, encoder, Vocabulary(entry.tokenizer))
+    loaded.check(facts)
+    return loaded

@@ -97,7 +97,7 @@ class ResultsFile:
         self._places: dict[int, tuple[int, int]] = {}  # row -> (offset, bytes) in the partial file
         self._header: Mapping[str, Any] | None = None  # of the partial file that was there
         self._end = 0  # of the last whole line
-        self._has_begun = self._is_whole = False
+        self._has_begun_anew = self._is_whole = False
         self._check_path()
         self._file = self._open()
         try:
@@ -128,10 +128,10 @@ class ResultsFile:
             UsageError: another model or other options made what is there.
             ResultsLost: nothing can be written there.
         """
-        self._has_begun = True
         made_by = json.loads(json.dumps(made_by))  # as it is read back
         if self._header is None:
             self._file.truncate(0)
+            self._has_begun_anew = True
             replaces = self._overwrite and self.path.exists()
             header = {"partial": PARTIAL_FORMAT, "replaces": replaces, "made_by": made_by}
             self._append(header)
@@ -187,7 +187,7 @@ class ResultsFile:
         trace: TracebackType | None,
     ) -> None:
         is_empty = os.fstat(self._file.fileno()).st_size == 0
-        if not self._places and (self._has_begun or is_empty):
+        if not self._places and (self._has_begun_anew or is_empty):
             self.partial.unlink(missing_ok=True)
         self._file.close()
 

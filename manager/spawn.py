@@ -8,7 +8,6 @@ nothing of its code.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import signal
@@ -28,7 +27,16 @@ MAX_SPAWNED: Final = 64
 STOP_DEADLINE_S: Final = 5.0  # after SIGTERM; then SIGKILL
 KEPT_LINES: Final = 20  # of a worker's stderr, to say why it failed
 MAX_LINE_BYTES: Final = 64 * 1024
+
+# Linux: have the kernel send SIGTERM (15) should the manager die without ending its workers, then
+# become the worker. A `preexec_fn` would do it in a forked child of a process with threads.
 PR_SET_PDEATHSIG: Final = 1
+LAUNCHER: Final = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, 15)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +120,13 @@ class SpawnedWorkers:
 
     async def _start(self, index: int) -> _Worker:
         process = await asyncio.create_subprocess_exec(
-            *command(self._config, index),
+            *launch(command(self._config, index)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
             env=environment(os.environ, settings_file=str(self._no_settings)),
             start_new_session=True,  # a Ctrl-C at the terminal is for the manager
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         return _Worker(index, process, self._report)
 
@@ -163,6 +170,13 @@ def command(config: SpawnConfig, index: int) -> list[str]:
     if config.secret_file is not None:
         words += ["--secret-file", str(config.secret_file)]
     return words
+
+
+def launch(words: Sequence[str]) -> list[str]:
+    """The command line that does not outlive this process."""
+    if sys.platform != "linux":
+        return list(words)
+    return [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), *words]
 
 
 def environment(environ: Mapping[str, str], settings_file: str) -> dict[str, str]:
@@ -299,19 +313,3 @@ def _loading(line: str) -> tuple[str, int] | None:
     percent = said.get("percent")
     words = f"{said.get('mb', '?')} MB, {said.get('mb_per_s', '?')} MB/s"
     return (words, percent) if isinstance(percent, int) else None
-
-
-def _load_libc() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(None)
-    except OSError:
-        return None
-
-
-_LIBC: Final = _load_libc()  # loaded before any fork: a forked child must not load anything
-
-
-def _die_with_parent() -> None:
-    """In the child, before exec: be ended by the kernel should the manager be killed."""
-    if _LIBC is not None and hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Final
 
 from engine.sections import Candidate, check_chain
 from manager.addresses import DEFAULT_FIRST, is_loopback, neighbours, parse_addresses
@@ -17,6 +18,9 @@ from manager.links import WorkerLink, open_link
 from proto.address import Address
 from proto.errors import Error, UsageError, WorkerUnreachable
 from proto.messages import Role, WorkerFacts
+
+# The fastest of so many round trips tells a clock to some tens of microseconds on one switch.
+CLOCK_PINGS: Final = 8
 
 
 class OpenChain:
@@ -58,6 +62,15 @@ class OpenChain:
             )
         )
 
+    async def compare_clocks(self) -> None:
+        """Learn the workers' clocks well, while nothing runs: a trace is no better than these.
+
+        Raises:
+            WorkerLost: the first that does not answer.
+        """
+        for _ in range(CLOCK_PINGS):
+            await asyncio.gather(*(link.ping() for link in self.links))
+
     def release(self, lease: bytes) -> None:
         """Give the blocks back."""
         for link in self.links:
@@ -69,7 +82,10 @@ class OpenChain:
 
 
 async def open_chain(
-    workers: str | Sequence[str] | None, *, secret: bytes | None = None
+    workers: str | Sequence[str] | None,
+    *,
+    role: Role = Role.MANAGER,
+    secret: bytes | None = None,
 ) -> OpenChain:
     """Call the workers and order them by what they hold.
 
@@ -81,10 +97,10 @@ async def open_chain(
         UsageError: an address is none, or one that its predecessor cannot reach.
     """
     if workers is None:
-        links = await call_neighbours(Role.MANAGER, secret)
+        links = await call_neighbours(role, secret)
     else:
         addresses = parse_addresses([workers] if isinstance(workers, str) else workers)
-        links = await call_all(addresses, Role.MANAGER, secret)
+        links = await call_all(addresses, role, secret)
     try:
         by_address = {str(link.address): link for link in links}
         chain = check_chain([Candidate(str(link.address), link.facts) for link in links])
@@ -129,7 +145,7 @@ async def call_neighbours(role: Role, secret: bytes | None) -> list[WorkerLink]:
     try:
         first = await open_link(DEFAULT_FIRST, role=role, secret=secret)
     except WorkerUnreachable as exc:
-        raise NoNeighbours(exc.reason, role) from exc
+        raise NoNeighbours(exc.reason) from exc
     others = neighbours(DEFAULT_FIRST, first.facts.num_sections or 1)[1:]
     links, failures = await call_each(others, role, secret)
     links.insert(0, first)
@@ -144,13 +160,13 @@ async def call_neighbours(role: Role, secret: bytes | None) -> list[WorkerLink]:
 class NoNeighbours(WorkerUnreachable):
     """Nobody is at the default address, and no other was given."""
 
-    def __init__(self, reason: str, role: Role) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(str(DEFAULT_FIRST), reason)
-        spawn = ", or let this command start its own with --spawn 2"
         self.args = (
             f"no worker answers at {DEFAULT_FIRST} ({reason}): start workers first "
-            "(`worker --sections 2 --index 0` and `worker --sections 2 --index 1`), say where "
-            f"they are with --workers HOST:PORT,HOST:PORT{spawn if role is Role.MANAGER else ''}",
+            "(`worker --sections 2 --index 0` and `worker --sections 2 --index 1`), or say where "
+            "they are with --workers HOST:PORT,HOST:PORT; `manager generate --spawn 2` starts its "
+            "own",
         )
 
 

@@ -65,8 +65,8 @@ class Outbox:
         self.sent_bytes = 0
         self._max_unsent_bytes, self._max_stalled_beats = max_unsent_bytes, stalled_beats
         self._transport: asyncio.Transport | None = None
-        self._stalled_beats = 0
-        self._seen_bytes: int | None = None  # unsent at the last look; None: there is room
+        self._stopped = False
+        self._gone_bytes = self._stalled_beats = 0  # what had left us when last looked at
         self._waiters: list[asyncio.Future[None]] = []
 
     def attach(self, transport: asyncio.Transport) -> None:
@@ -103,11 +103,11 @@ class Outbox:
 
     def stop(self) -> None:
         """Too much is unsent: `wait` waits from here on."""
-        self._seen_bytes, self._stalled_beats = self.unsent_bytes, 0
+        self._stopped, self._stalled_beats = True, 0
 
     def go(self) -> None:
         """There is room again, or the link is closed."""
-        self._seen_bytes = None
+        self._stopped = False
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -116,18 +116,18 @@ class Outbox:
     @property
     def stopped(self) -> bool:
         """Whether too much is unsent."""
-        return self._seen_bytes is not None
+        return self._stopped
 
     def beat(self) -> bool:
         """One heartbeat has passed; False when the peer has read nothing for too long."""
-        unsent = self.unsent_bytes
-        self._stalled_beats = 0 if unsent != self._seen_bytes else self._stalled_beats + 1
-        self._seen_bytes = unsent
+        gone = self.sent_bytes - self.unsent_bytes  # what is unsent may grow meanwhile
+        self._stalled_beats = 0 if gone > self._gone_bytes else self._stalled_beats + 1
+        self._gone_bytes = gone
         return self._stalled_beats < self._max_stalled_beats
 
     async def wait(self) -> None:
         """Until `go`; at once when there is room."""
-        if self.stopped:
+        if self._stopped:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter

@@ -77,7 +77,7 @@ async def connect(
         link.fail(exc)
         raise
     except BaseException:
-        link.close_soon("cancelled")
+        link.close_soon("the opener gave up")
         raise
     return link
 
@@ -130,14 +130,31 @@ class Listener:
         """The open ones."""
         return frozenset(self._links)
 
-    async def close(self, reason: str = "the worker is shutting down") -> None:
-        """Accept no more, say goodbye on every link, and wait until all are closed."""
+    @property
+    def unproven(self) -> int:
+        """How many peers are in the middle of their handshake."""
+        return len(self._unproven)
+
+    def stop(self) -> None:
+        """Accept no more; open links stay."""
         assert self._server is not None
         self._server.close()
+
+    async def close(self, reason: str = "the worker is shutting down") -> None:
+        """Accept no more, say goodbye on every link, and wait until all are closed."""
+        self.stop()
         links = self._links | self._unproven
         for link in links:
             link.close_soon(reason)
         await asyncio.gather(*(link.wait_closed() for link in links))
+
+    async def _serve(self, sock: socket.socket) -> None:
+        try:
+            self._server = await asyncio.get_running_loop().create_server(self._accept, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        self.address = str(Address(*sock.getsockname()[:2]))
 
     def _accept(self) -> asyncio.BaseProtocol:
         session = Session(
@@ -164,9 +181,9 @@ class Listener:
         except Error as exc:
             link.fail(exc)
             return
+        link.let_in(welcome)
         self._unproven.discard(link)
         self._links.add(link)
-        link.let_in(welcome)
         self._on_link(link)
 
     def leave(self, link: Link) -> None:
@@ -209,24 +226,31 @@ async def listen(
         max_links=max_links,
     )
     wanted = parse_address(address)
-    loop = asyncio.get_running_loop()
     try:
-        host = await _resolve(wanted)
-        server = await loop.create_server(listener._accept, host, wanted.port)
+        sock = await _bind(wanted)
+        await listener._serve(sock)
     except OSError as exc:
         raise UsageError(_cannot_listen(address, exc)) from exc
-    listener._server = server
-    listener.address = str(Address(*server.sockets[0].getsockname()[:2]))
     return listener
 
 
-async def _resolve(wanted: Address) -> str:
-    """One address of the name, so that port 0 is one port; IPv4 first, as people type it."""
+async def _bind(wanted: Address) -> socket.socket:
+    """A socket at one address of the name, so that port 0 is one port; IPv4 first."""
     found = await asyncio.get_running_loop().getaddrinfo(
         wanted.host, wanted.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    return str(found[0][4][0])
+    family, _, _, _, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(place)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _cannot_listen(address: str, exc: OSError) -> str:

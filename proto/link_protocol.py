@@ -311,7 +311,7 @@ class Link(asyncio.BufferedProtocol):
                 else:
                     own(self, frame)
         except ProtocolError as exc:
-            self._leave(self._with_peer(exc))
+            self.fail(self._with_peer(exc))
             return
         if not self._opened.done():
             self._flush()  # what the handshake answers
@@ -361,7 +361,7 @@ class Link(asyncio.BufferedProtocol):
             waiter.set_result(rtt_s)
 
     def _goodbye_came(self, frame: Frame) -> None:
-        self.goodbye = cast(Goodbye, frame.message).reason
+        self.goodbye = _printable(cast(Goodbye, frame.message).reason)
         self._leave(None)
 
     def _hello_came(self, frame: Frame) -> None:
@@ -376,7 +376,7 @@ class Link(asyncio.BufferedProtocol):
         if self._was_open:
             self._deliver(frame)  # an answer like any other
         else:
-            reason = cast(Refused, frame.message).reason
+            reason = _printable(cast(Refused, frame.message).reason)
             self._leave(WorkerRefused(f"worker {self.peer} refused: {reason}"))
 
     _OWN: Final = {
@@ -473,10 +473,13 @@ class Link(asyncio.BufferedProtocol):
             return
         self._linger_timer = self._loop.call_later(LINGER_S, self._reset)
         self._rest_or_read()
-        if self.goodbye is None and transport.can_write_eof():
-            transport.write_eof()
-        else:
-            transport.close()
+        try:
+            if self.goodbye is None and transport.can_write_eof():
+                transport.write_eof()
+                return
+        except OSError:  # the peer has reset the connection, and the loop does not know yet
+            pass
+        transport.close()
 
     def _end(self, error: Exception | None) -> None:
         """From here on the link cannot be used."""
@@ -536,6 +539,11 @@ class Link(asyncio.BufferedProtocol):
         """The same error, saying who it was."""
         exc.args = (f"{self.peer}: {exc}",)
         return exc
+
+
+def _printable(text: str) -> str:
+    """A peer's words on one line: they end up on somebody's terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def os_reason(exc: OSError | Exception) -> str:

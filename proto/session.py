@@ -225,11 +225,12 @@ class Session:
 
     def give_up(self, reason: str) -> None:
         """Close now, with a sentence for the peer where this side may still say one."""
+        reason = reason.encode("utf-8", "replace").decode("utf-8")[:MAX_REASON_CHARS]
         farewell: Message
         if self.state is State.OPEN:
-            farewell = Goodbye(reason=reason[:MAX_REASON_CHARS])
+            farewell = Goodbye(reason=reason)
         elif self.side is LISTENER and self.state is not State.CLOSED:
-            farewell = Refused(reason=reason[:MAX_REASON_CHARS])
+            farewell = Refused(reason=reason)
         else:
             self._close()
             return

@@ -2,8 +2,8 @@
 
 Every method runs on the event loop and returns at once: torch works on its own thread
 (`worker.compute`), and links are made in the background (`worker.chain`). Knows the messages and
-what each does to leases, routes and steps; does not open the port, load the stage or end the
-process, which is `worker.server`'s.
+what each does to leases and routes; steps are `worker.traffic`'s. Does not open the port, load the
+stage or end the process, which is `worker.server`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from proto.errors import LocalProtocolError, PeerLost, RemoteProtocolError, WorkerRefused
+from proto.errors import RemoteProtocolError, WorkerRefused
 from proto.framing import Frame
 from proto.link import Link
 from proto.messages import (
@@ -23,7 +23,6 @@ from proto.messages import (
     Lease,
     Leased,
     LinkLost,
-    Message,
     Refused,
     Release,
     Role,
@@ -31,19 +30,19 @@ from proto.messages import (
     Routed,
     StatusRequest,
     Step,
-    StepDone,
     WorkerFacts,
 )
-from worker.chain import NextLink, State
+from worker.allocation import Allocation
+from worker.answers import answer
+from worker.chain import NextLink
 from worker.compute import Compute
 from worker.leases import Leases, OpenLease
 from worker.logs import fields
-from worker.passage import Passage
 from worker.status import Counters, make_status
 from worker.steps import StepComputer
+from worker.traffic import Traffic
 
 if TYPE_CHECKING:
-    from engine.kv import BlockCache
     from engine.stage import Stage
 
 log = logging.getLogger("comboio.worker")
@@ -70,11 +69,11 @@ class Service:
             name: HOST:PORT, for sentences and faults.
         """
         self._stage, self._facts, self._name = stage, facts, name
-        self._is_stopping = False
         self._compute = compute
         self._connect_next = connect_next
         self._leases = Leases(facts.total_blocks, stage.block_tokens)
         self._counters = Counters()
+        self._traffic = Traffic(facts, name, compute, self._counters)
         self._links: set[Link] = set()
         self._from_manager: Final = {
             Lease: self._lease,
@@ -118,7 +117,7 @@ class Service:
 
     def stop(self) -> None:
         """Take no more steps; what torch computes now is still handed on."""
-        self._is_stopping = True
+        self._traffic.stop()
 
     def leave_chains(self, reason: str) -> None:
         """Close the links to next workers; the others are the listener's to close."""
@@ -144,14 +143,14 @@ class Service:
             )
         except WorkerRefused as exc:
             log.info("lease refused", extra=fields(peer=link.peer, reason=exc))
-            _send(link, Refused(reason=str(exc)))
+            answer(link, Refused(reason=str(exc)))
             return
-        allocation = _Allocation(self._stage, lease, self._allocated)
+        allocation = Allocation(self._stage, lease, self._allocated)
         if not self._compute.submit(allocation):
             self._leases.close(lease)
-            _send(link, Refused(reason=f"worker {self._name} has too much to do"))
+            answer(link, Refused(reason=f"worker {self._name} has too much to do"))
 
-    def _allocated(self, allocation: _Allocation) -> None:
+    def _allocated(self, allocation: Allocation) -> None:
         lease = allocation.lease
         if lease.is_closed:
             return
@@ -162,7 +161,7 @@ class Service:
                 f"worker {self._name} cannot allocate {num_bytes} bytes for "
                 f"{lease.num_blocks} KV blocks: {allocation.error}"
             )
-            _send(lease.manager, Refused(reason=reason[:MAX_REASON_CHARS]))
+            answer(lease.manager, Refused(reason=reason[:MAX_REASON_CHARS]))
             return
         lease.computer = StepComputer(
             self._stage, allocation.cache, lease.num_blocks, worker=self._name
@@ -176,7 +175,7 @@ class Service:
                 free=self._leases.free_blocks,
             ),
         )
-        _send(lease.manager, Leased(lease=lease.id, blocks=lease.num_blocks))
+        answer(lease.manager, Leased(lease=lease.id, blocks=lease.num_blocks))
 
     def _release(self, link: Link, frame: Frame) -> None:
         assert isinstance(frame.message, Release)
@@ -216,20 +215,20 @@ class Service:
         lease = self._lease_of(link, route.lease)
         refusal = self._objection_to(route, frame.epoch, lease)
         if refusal is not None:
-            _send(link, Refused(reason=refusal))
+            answer(link, Refused(reason=refusal))
             return
         if lease.next is not None:
             lease.next.close("a newer route replaced this link")
         lease.epoch, lease.is_last, lease.next = frame.epoch, route.next is None, None
         if route.next is None:
-            _send(link, Routed(lease=lease.id), epoch=lease.epoch)
+            answer(link, Routed(lease=lease.id), epoch=lease.epoch)
             return
         lease.next = NextLink(
             route.next,
             connect=partial(self._connect_next, route.next, lease.id),
             ours=self._facts,
             name=self._name,
-            on_open=partial(_send, link, Routed(lease=lease.id), epoch=lease.epoch),
+            on_open=partial(answer, link, Routed(lease=lease.id), epoch=lease.epoch),
             on_lost=partial(self._next_lost, lease, route.next, lease.epoch),
         )
 
@@ -252,7 +251,7 @@ class Service:
 
     def _next_lost(self, lease: OpenLease, address: str, epoch: int, reason: str) -> None:
         lost = LinkLost(lease=lease.id, next=address, reason=reason[:MAX_REASON_CHARS])
-        _send(lease.manager, lost, epoch=epoch)
+        answer(lease.manager, lost, epoch=epoch)
 
     def _accept_neighbour(self, link: Link) -> None:
         lease_id = link.hello.lease
@@ -275,78 +274,13 @@ class Service:
 
     def _step_of_manager(self, link: Link, frame: Frame) -> None:
         assert isinstance(frame.message, Step)
-        self._step(link, self._lease_of(link, frame.message.lease), frame, frame.message)
+        self._traffic.take(link, self._lease_of(link, frame.message.lease), frame, frame.message)
 
     def _step_of_neighbour(self, link: Link, lease: OpenLease, frame: Frame) -> None:
         assert isinstance(frame.message, Step)
         if frame.message.lease != lease.id:
             raise RemoteProtocolError("a step of another lease than the link's came")
-        self._step(link, lease, frame, frame.message)
-
-    def _step(self, source: Link, lease: OpenLease, frame: Frame, step: Step) -> None:
-        if lease.is_closed or frame.epoch < lease.epoch or self._is_stopping:
-            lease.num_dropped += 1
-            return
-        computer = lease.computer
-        is_connecting = lease.next is not None and lease.next.state is State.CONNECTING
-        if frame.epoch > lease.epoch or computer is None or is_connecting:
-            raise RemoteProtocolError(
-                f"step {step.step} of epoch {frame.epoch} came before worker "
-                f"{self._name} had answered the lease and the route of that epoch"
-            )
-        passage = Passage(
-            frame, step, lease=lease, computer=computer, source=source, hand_on=self._hand_on
-        )
-        if passage.num_tokens > self._facts.max_step_tokens:
-            passage.fault(
-                f"a step of {passage.num_tokens} tokens is more than the "
-                f"{self._facts.max_step_tokens} that this worker takes"
-            )
-            passage.finish()
-        elif not self._compute.submit(passage):
-            passage.fault("too many steps wait on this worker")
-            passage.finish()
-
-    def _hand_on(self, passage: Passage) -> None:
-        """The outcome is here: to the next worker, or as tokens to the manager."""
-        lease = passage.lease
-        if passage.outcome is not None and passage.finished_s > passage.started_s:
-            self._counters.count_step(passage.num_tokens, passage.compute_s)
-        if passage.outcome is None or passage.is_stale:
-            lease.num_dropped += 1
-            return
-        if passage.is_last:
-            self._send_done(passage)
-        elif lease.next is not None:
-            self._send_on(passage, lease.next)
-        if lease.is_traced:
-            _send(lease.manager, passage.report(), epoch=passage.epoch)
-
-    def _send_on(self, passage: Passage, following: NextLink) -> None:
-        step, outcome, payload = passage.step, passage.outcome, passage.payload
-        assert outcome is not None and outcome.hidden is not None
-        following.send(
-            replace(
-                step,
-                faults=[*step.faults, *outcome.faults],
-                compute_s=[*step.compute_s, passage.compute_s],
-            ),
-            passage.frame.payload[: passage.frame.payload.nbytes - payload.hidden.nbytes],
-            outcome.hidden,
-            epoch=passage.epoch,
-        )
-
-    def _send_done(self, passage: Passage) -> None:
-        step, outcome = passage.step, passage.outcome
-        assert outcome is not None
-        done = StepDone(
-            lease=step.lease,
-            step=step.step,
-            drawn=outcome.drawn,
-            faults=[*step.faults, *outcome.faults],
-            compute_s=[*step.compute_s, passage.compute_s],
-        )
-        _send(passage.lease.manager, done, epoch=passage.epoch)
+        self._traffic.take(link, lease, frame, frame.message)
 
     # --- the rest ----------------------------------------------------------------------------
 
@@ -362,7 +296,7 @@ class Service:
             num_leases=len(self._leases),
             device_name=self._stage.device_name,
         )
-        _send(link, status)
+        answer(link, status)
 
     def _lease_of(self, link: Link, lease_id: bytes) -> OpenLease:
         """The manager's own lease; another manager's counts as unknown."""
@@ -375,34 +309,3 @@ class Service:
         self._links.discard(link)
         self._counters.received_bytes += link.received_bytes
         self._counters.sent_bytes += link.sent_bytes
-
-
-class _Allocation:
-    """Make a lease's blocks, on torch's thread: a large tensor takes its time."""
-
-    def __init__(self, stage: Stage, lease: OpenLease, then: Callable[[_Allocation], None]) -> None:
-        self.lease = lease
-        self.cache: BlockCache | None = None
-        self.error: str = ""
-        self._stage, self._then = stage, then
-
-    def compute(self) -> None:
-        if self.lease.is_closed:
-            return
-        try:
-            self.cache = self._stage.new_cache(self.lease.num_blocks)
-        except Exception as exc:  # torch says "no memory" in several classes
-            self.error = " ".join(str(exc).split()) or type(exc).__name__
-
-    def finish(self) -> None:
-        self._then(self)
-
-
-def _send(link: Link, message: Message, epoch: int = 0) -> None:
-    """Send, unless the link is gone: its `on_closed` deals with that."""
-    try:
-        link.send(message, epoch=epoch)
-    except PeerLost:
-        pass
-    except LocalProtocolError as exc:
-        link.fail(exc)  # nothing waits for ever for what could not be said

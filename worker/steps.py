@@ -8,7 +8,6 @@ an error of the whole step becomes a fault of each of its sequences. Nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -30,10 +29,34 @@ if TYPE_CHECKING:
     from engine.stage import Stage
 
 INT32: Final = np.dtype("<i4")
-DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+
+
+@dataclass(frozen=True, slots=True)
+class FloatBits:
+    """How one float type looks as an unsigned integer: larger numbers, then infinity, then NaN.
+
+    Judging bits is exact, and works the same for bfloat16, which numpy does not know.
+    """
+
+    dtype: torch.dtype
+    same_size: torch.dtype  # that torch and numpy share
+    unsigned: type[np.unsignedinteger]
+    infinity: int
+    magnitude: int  # all bits but the sign
+
+    def of(self, values: Tensor) -> NDArray[np.unsignedinteger]:
+        """The same memory, as integers."""
+        return values.view(self.same_size).numpy().view(self.unsigned)
+
+    def largest(self, bits: NDArray[np.unsignedinteger]) -> int:
+        """The largest magnitude; `infinity` or more where some value is not finite."""
+        return int((bits & self.magnitude).max())
+
+
+FLOATS: Final = {
+    "float32": FloatBits(torch.float32, torch.int32, np.uint32, 0x7F800000, 0x7FFFFFFF),
+    "bfloat16": FloatBits(torch.bfloat16, torch.int16, np.uint16, 0x7F80, 0x7FFF),
+    "float16": FloatBits(torch.float16, torch.int16, np.uint16, 0x7C00, 0x7FFF),
 }
 
 
@@ -52,8 +75,8 @@ class Part:
 
     run: Run
     rows: slice  # of token ids and hidden states
-    table: NDArray[np.int32]  # (num_blocks,)
-    history: NDArray[np.int32]  # (num_history,)
+    table: NDArray[np.int64]  # (num_blocks,)
+    history: NDArray[np.int64]  # (num_history,)
 
 
 class StepComputer:
@@ -64,7 +87,8 @@ class StepComputer:
         self._cache = cache
         self._num_blocks = num_blocks
         self._worker = worker  # HOST:PORT as the manager knows it; faults carry it
-        self._dtype = DTYPES[stage.dtype_name]
+        self._floats = FLOATS[stage.dtype_name]
+        self._is_on_cpu = stage.device_name.startswith("cpu")
 
     def parse(self, step: Step, payload: memoryview) -> StepPayload:
         """Cut a payload into its parts.
@@ -72,7 +96,7 @@ class StepComputer:
         Raises:
             RemoteProtocolError: it is not of exactly the length that `step` announces.
         """
-        return step_payload(step, payload, self._stage.hidden_size, self._dtype.itemsize)
+        return step_payload(step, payload, self._stage.hidden_size, self._floats.dtype.itemsize)
 
     def compute(self, step: Step, payload: StepPayload, *, is_last: bool) -> Outcome:
         """Run the stage's layers on the step; if `is_last`, draw its tokens as well.
@@ -82,8 +106,7 @@ class StepComputer:
         """
         outcome = Outcome()
         try:
-            with torch.inference_mode():
-                self._compute(step, payload, outcome, is_last)
+            self._compute(step, payload, outcome, is_last)
         except Exception as exc:
             self._fault_all(step, outcome, _reason(exc, step))
         if outcome.hidden is None:  # nobody reads it, but its bytes have their place
@@ -97,82 +120,115 @@ class StepComputer:
         return outcome
 
     def _compute(self, step: Step, payload: StepPayload, outcome: Outcome, is_last: bool) -> None:
-        stage = self._stage
-        token_ids = np.frombuffer(payload.token_ids, INT32)
-        parts = list(self._parts(step, payload, token_ids, outcome))
+        token_ids = np.frombuffer(payload.token_ids, INT32).astype(np.int64)
+        parts = self._parts(step, payload, token_ids, outcome)
         if not parts:
             return
-        hidden = torch.frombuffer(payload.hidden, dtype=self._dtype).view(len(token_ids), -1)
-        places = None if len(parts) == len(step.runs) else _places(parts)
-        ids = torch.from_numpy(token_ids.astype(np.int64))
-        runs = [_stage_run(part) for part in parts]
-        if places is None:
-            result = stage.forward(ids, hidden, runs, self._cache).to("cpu")
+        hidden = torch.frombuffer(payload.hidden, dtype=self._floats.dtype)
+        hidden = hidden.view(len(token_ids), -1)
+        ids = torch.from_numpy(token_ids)
+        if len(parts) == len(step.runs):
+            result = self._forward(ids, hidden, parts)
         else:
-            part_result = stage.forward(ids[places], hidden[places], runs, self._cache)
+            places = _places(parts)
             result = torch.zeros_like(hidden)
-            result[places] = part_result.to("cpu")
-        parts = self._keep_finite(parts, result, outcome)
+            result[places] = self._forward(ids[places], hidden[places], parts)
+        bits = self._floats.of(result)
+        if self._floats.largest(bits) >= self._floats.infinity:
+            parts = self._keep_finite(parts, bits, outcome)
         if is_last:
             self._draw(parts, result, outcome)
         else:
-            outcome.hidden = _bytes_of(result)
+            outcome.hidden = bits.data.cast("B")
+
+    def _forward(self, token_ids: Tensor, hidden: Tensor, parts: list[Part]) -> Tensor:
+        runs = [
+            StageRun(
+                start=part.run.start,
+                num_tokens=part.run.num_tokens,
+                rope_length=part.run.rope_length,
+                blocks=torch.from_numpy(part.table),
+            )
+            for part in parts
+        ]
+        result = self._stage.forward(token_ids, hidden, runs, self._cache)
+        return (result if self._is_on_cpu else result.cpu()).contiguous()
 
     def _parts(
-        self, step: Step, payload: StepPayload, token_ids: NDArray[np.int32], outcome: Outcome
-    ) -> Iterator[Part]:
-        tables = np.frombuffer(payload.tables, INT32)
-        histories = np.frombuffer(payload.histories, INT32)
+        self, step: Step, payload: StepPayload, token_ids: NDArray[np.int64], outcome: Outcome
+    ) -> list[Part]:
+        """The runs that nobody has judged yet and that may be computed."""
+        tables = np.frombuffer(payload.tables, INT32).astype(np.int64)
+        histories = np.frombuffer(payload.histories, INT32).astype(np.int64)
+        doubtful = (
+            not _is_below(token_ids, self._stage.vocab_size)
+            or not _is_below(tables, self._num_blocks)
+            or not _is_below(histories, self._stage.vocab_size)
+        )
         judged = {fault.sequence for fault in step.faults}
+        seen: set[int] = set()
+        parts: list[Part] = []
         row = entry = past = 0
         for run in step.runs:
-            rows = slice(row, row := row + run.num_tokens)
-            table = tables[entry : (entry := entry + run.num_blocks)]
             num_history = run.sampling.num_history if run.sampling else 0
-            history = histories[past : (past := past + num_history)]
+            part = Part(
+                run,
+                slice(row, row := row + run.num_tokens),
+                tables[entry : (entry := entry + run.num_blocks)],
+                histories[past : (past := past + num_history)],
+            )
             if run.sequence in judged:
                 continue
-            judged.add(run.sequence)
-            part = Part(run, rows, table, history)
-            reason = self._objection(part, token_ids[rows], step)
+            reason = self._misplaced(run)
+            if reason is None and doubtful:
+                reason = self._out_of_range(part, token_ids[part.rows])
+            if run.sequence in seen:
+                parts = [other for other in parts if other.run.sequence != run.sequence]
+                reason = "it is in the step twice"
+            seen.add(run.sequence)
             if reason is None:
-                yield part
+                parts.append(part)
             else:
+                judged.add(run.sequence)
                 self._fault(run, outcome, reason)
+        return parts
 
-    def _objection(self, part: Part, token_ids: NDArray[np.int32], step: Step) -> str | None:
-        """Why a run must not touch the cache; None if it may."""
-        stage, run, table = self._stage, part.run, part.table
-        end = run.start + run.num_tokens
+    def _misplaced(self, run: Run) -> str | None:
+        """Why a run's positions cannot be; None if they can."""
+        stage, end = self._stage, run.start + run.num_tokens
         if end > stage.max_context:
             return f"position {end} is beyond the model's context of {stage.max_context}"
         if end > run.num_blocks * stage.block_tokens:
             return (
                 f"{run.num_blocks} blocks of {stage.block_tokens} tokens do not hold position {end}"
             )
-        if table.min() < 0 or table.max() >= self._num_blocks:
+        return None
+
+    def _out_of_range(self, part: Part, token_ids: NDArray[np.int64]) -> str | None:
+        """Which of a run's numbers is none of ours; None if all are."""
+        vocab_size, table = self._stage.vocab_size, part.table
+        if not _is_below(table, self._num_blocks):
             return (
                 f"the block table names blocks {table.min()} to {table.max()}, "
                 f"the lease has {self._num_blocks}"
             )
-        if token_ids.min() < 0 or token_ids.max() >= stage.vocab_size:
-            return f"a token id is outside the vocabulary of {stage.vocab_size}"
-        history = part.history
-        if history.size and (history.min() < 0 or history.max() >= stage.vocab_size):
-            return f"the history has a token id outside the vocabulary of {stage.vocab_size}"
+        if not _is_below(token_ids, vocab_size):
+            return f"a token id is outside the vocabulary of {vocab_size}"
+        if not _is_below(part.history, vocab_size):
+            return f"the history has a token id outside the vocabulary of {vocab_size}"
         return None
 
-    def _keep_finite(self, parts: list[Part], hidden: Tensor, outcome: Outcome) -> list[Part]:
+    def _keep_finite(
+        self, parts: list[Part], bits: NDArray[np.unsignedinteger], outcome: Outcome
+    ) -> list[Part]:
         """The parts without NaN or infinity; the others become faults."""
-        if _is_finite(hidden):  # one pass for all, as is true of nearly every step
-            return parts
         kept = []
         for part in parts:
-            rows = hidden[part.rows]
-            if _is_finite(rows) or bool(torch.isfinite(rows).all()):
+            largest = self._floats.largest(bits[part.rows])
+            if largest < self._floats.infinity:
                 kept.append(part)
             else:
-                what = "NaN" if bool(torch.isnan(rows).any()) else "infinity"
+                what = "NaN" if largest > self._floats.infinity else "infinity"
                 start, end = self._stage.start_layer, self._stage.end_layer
                 reason = f"{what} in hidden states after layers {start}:{end}"
                 self._fault(part.run, outcome, reason)
@@ -182,7 +238,8 @@ class StepComputer:
         drawing = [part for part in parts if part.run.sampling is not None]
         if not drawing:
             return
-        logits = self._stage.logits(hidden[[part.rows.stop - 1 for part in drawing]]).to("cpu")
+        rows = hidden[[part.rows.stop - 1 for part in drawing]]
+        logits = self._stage.logits(rows.to(self._stage.device))
         values = logits.amax(dim=-1).tolist()  # NaN wins a maximum
         greedy_tokens = logits.argmax(dim=-1).tolist()
         for i, part in enumerate(drawing):
@@ -195,10 +252,10 @@ class StepComputer:
                 token = greedy_tokens[i]
                 outcome.drawn.append(Drawn(sequence=part.run.sequence, token=token))
             else:
-                self._draw_one(part, sampling, logits[i], outcome)
+                self._draw_one(part, sampling, logits[i].cpu(), outcome)
 
     def _draw_one(self, part: Part, sampling: Sampling, logits: Tensor, outcome: Outcome) -> None:
-        history = torch.from_numpy(part.history.astype(np.int64)) if part.history.size else None
+        history = torch.from_numpy(part.history) if part.history.size else None
         try:
             token, logprob, top = draw(logits, sampling, history)
         except StepFailed as exc:
@@ -221,35 +278,18 @@ class StepComputer:
                 self._fault(run, outcome, reason)
 
 
-def _stage_run(part: Part) -> StageRun:
-    run = part.run
-    return StageRun(
-        start=run.start,
-        num_tokens=run.num_tokens,
-        rope_length=run.rope_length,
-        blocks=torch.from_numpy(part.table.astype(np.int64)),
-    )
-
-
 def _places(parts: list[Part]) -> Tensor:
     """The rows of some of a step's runs, (rows,) int64."""
     return torch.cat([torch.arange(part.rows.start, part.rows.stop) for part in parts])
 
 
-def _is_finite(values: Tensor) -> bool:
-    """False if any is NaN or infinite; also, rarely, if only their sum overflows."""
-    return math.isfinite(values.sum(dtype=torch.float32).item())
+def _is_below(numbers: NDArray[np.int64], end: int) -> bool:
+    """Whether all are in [0, end); a negative one is a huge one when its sign is ignored."""
+    return not numbers.size or int(numbers.view(np.uint64).max()) < end
 
 
 def _is_plain_greedy(sampling: Sampling) -> bool:
     return sampling.temperature == 0 and sampling.repetition_penalty == 1 and sampling.logprobs == 0
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    """The tensor's own memory; numpy has no bfloat16, so bits travel as integers."""
-    if values.dtype != torch.float32:
-        values = values.view(torch.int16)
-    return values.contiguous().numpy().data.cast("B")
 
 
 def _reason(error: Exception, step: Step) -> str:

@@ -456,14 +456,33 @@ def test_the_oldest_waits_for_the_youngest_to_come_home_and_then_takes_its_block
     assert order == [0, 1]
 
 
-def test_a_prompt_being_read_is_held_back_when_an_older_one_needs_its_blocks() -> None:
-    workers = Workers(scheduler_for(num_stages=2, num_blocks=12, token_budget=4))
-    workers.handle(submitted(0, 4, 20))
-    for _ in range(5):
+@pytest.mark.parametrize("rope_switch", [None, *range(5, 12)])
+def test_a_prompt_being_read_is_held_back_when_an_older_one_needs_its_blocks(
+    rope_switch: int | None,
+) -> None:
+    scheduler = scheduler_for(2, 36, 1, token_budget=2, rope_switch=rope_switch)
+    workers = Workers(scheduler)
+    workers.handle(submitted(0, 4, 12))
+    workers.answer()
+    workers.answer()
+    workers.handle(submitted(1, 30, 2))
+    assert scheduler.stats().running == 2
+    read = 0
+    while scheduler.stats().preemptions == 0:
+        read = max(read, (scheduler.progress(1) or (0, 0))[0])
         workers.answer()
-    workers.handle(submitted(1, 32, 4))
+    # It gives way in the middle of its prompt: no further chunk goes out before.
+    assert 0 < read < 26 and len(workers.generated(0)) < 10
     workers.answer_all()
-    assert len(workers.generated(0)) == 20 and len(workers.generated(1)) == 4
+    assert len(workers.generated(0)) == 12 and len(workers.generated(1)) == 2
+
+
+def test_the_youngest_keeps_its_blocks_while_it_waits_for_one_more() -> None:
+    workers = Workers(scheduler_for(num_blocks=5))
+    workers.handle(submitted(0, 9, 4), submitted(1, 7, 12))
+    workers.answer_all()
+    assert workers.scheduler.stats().preemptions == 0
+    assert len(workers.generated(1)) == 12
 
 
 # --- rotary tables ---------------------------------------------------------------------------

@@ -87,13 +87,14 @@ def test_no_text_is_touched_by_what_another_sequence_failed_to_compute(model: To
     restarts = 0
     for seed in range(120):
         rng = random.Random(seed)
-        limits = Limits(num_stages=rng.randint(2, 4), num_blocks=60, token_budget=8)
+        budget = rng.choice([2, 3, 8])
+        limits = Limits(num_stages=rng.randint(2, 4), num_blocks=60, token_budget=budget)
         shell = ToyShell(model, limits, rng)
         prompt = tuple(range(rng.randint(9, 20)))
         for number in range(6):
             shell.submit(Request(number, prompt, 8, prompt_salt=model.salt(prompt)))
         while shell.busy_stages:
-            if shell.live and rng.random() < 0.01:
+            if shell.live and rng.random() < 0.02:
                 shell.cancel(rng.choice(shell.live))
             fault_in = rng.randrange(8) if rng.random() < 0.04 else None
             shell.advance(rng.choice(shell.busy_stages), fault_in)

@@ -63,7 +63,10 @@ async def link_pair(request: pytest.FixtureRequest) -> AsyncIterator[MakePair]:
 async def _tcp_pair(role: Role, settings: LinkSettings, listeners: LinkSettings) -> LinkPair:
     accepted: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
     listener = await listen(
-        "127.0.0.1:0", welcome=lambda hello: WELCOME, on_link=accepted.set_result, settings=listeners
+        "127.0.0.1:0",
+        welcome=lambda hello: WELCOME,
+        on_link=accepted.set_result,
+        settings=listeners,
     )
     opener = await connect(listener.address, role=role, agent="test", settings=settings)
     pair = LinkPair(opener, await accepted)

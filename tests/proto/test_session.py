@@ -295,6 +295,13 @@ def test_an_opener_that_gives_up_in_the_handshake_says_nothing_more():
     assert opener.state is State.CLOSED
 
 
+def test_a_reason_that_is_no_unicode_text_is_said_as_well_as_it_can_be():
+    opener, listener = opened()
+    opener.give_up("cannot read caf\udce9.txt")
+    [goodbye] = pass_on(opener, listener)
+    assert goodbye.message.reason == "cannot read caf?.txt"
+
+
 def test_a_long_reason_is_cut_to_what_a_peer_accepts():
     opener, listener = opened()
     opener.give_up("x" * 10_000)

@@ -18,6 +18,15 @@ VOCAB = 300
 
 
 @dataclass(frozen=True)
+class Answer:
+    """How a command ended and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
 class TinyModel:
     """A checkpoint with a tokenizer, and the same model whole, in this process."""
 
@@ -76,11 +85,11 @@ def sections_of(folder: Path, count: int, *more: str) -> list[tuple[str, ...]]:
 
 def manager(
     *words: str, stdin: str | bytes | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+) -> Answer:
+    """Run the command to its end, in a process of its own."""
     if isinstance(stdin, bytes):
         stdin = stdin.decode("utf-8", "surrogateescape")
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "manager", *words],
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
@@ -92,6 +101,7 @@ def manager(
         env=clean_environment(env),
         check=False,
     )
+    return Answer(done.returncode, done.stdout, done.stderr)
 
 
 def start_manager(*words: str) -> subprocess.Popen[bytes]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from engine.requests import (
     Cancelled,
+    Command,
     Event,
     Finished,
     Generated,
@@ -52,6 +53,7 @@ class Story:
     finished: Finished | None = None
     refused: Refused | None = None
     issued: int = 0  # positions that were handed to a step
+    began_in: int = 0  # the step in which its KV was begun last; what earlier ones draw is void
 
     @property
     def is_over(self) -> bool:
@@ -115,7 +117,11 @@ class ToyShell:
         if returned is not None:
             self._in_flight.popleft()
             self.faults |= returned.faults.keys()
-            self.handle(returned)
+            drawn = returned.tokens.keys() & set(self.live)
+            commands = self.handle(returned)
+            if not self.faults:  # then nothing that was drawn is lost
+                kept = [it.sequence for it in commands if isinstance(it, Generated | Finished)]
+                assert drawn <= set(kept)
 
     def lose_chain(self) -> None:
         self._late += self._in_flight
@@ -152,7 +158,7 @@ class ToyShell:
 
     # --- what is checked ---------------------------------------------------------------------
 
-    def handle(self, event: Event) -> list[object]:
+    def handle(self, event: Event) -> list[Command]:
         commands = self.scheduler.handle(event)
         for command in commands:
             match command:
@@ -167,7 +173,7 @@ class ToyShell:
                 case Refused():
                     self._live_story(command.sequence).refused = command
         self.scheduler.check_invariants()
-        return list(commands)
+        return commands
 
     def check_stories(self) -> None:
         for number, story in self.stories.items():
@@ -196,21 +202,22 @@ class ToyShell:
         self._next_step += 1
         assert 1 <= step.num_tokens <= self.limits.token_budget
         for run in step.runs:
-            self._check_run(run)
+            self._check_run(step.step, run)
         counts = Counter(run.sequence for run in step.runs)
         assert max(counts.values()) == 1
         self._in_flight.append(step)
         assert len(self._in_flight) <= self._num_stages + 1
         draws = Counter(
-            (run.sequence, run.start)
+            run.sequence
             for step in self._in_flight
             for run in step.runs
             if run.draws and run.sequence in self.live
+            if step.step >= self.stories[run.sequence].began_in
         )
         assert max(draws.values(), default=0) <= 1
         self._chain.issue(step)
 
-    def _check_run(self, run: PlannedRun) -> None:
+    def _check_run(self, step: int, run: PlannedRun) -> None:
         story = self._live_story(run.sequence)
         text = [*story.request.prompt, *story.tokens]
         end = run.start + len(run.tokens)
@@ -219,7 +226,9 @@ class ToyShell:
         assert len(run.blocks) == -(-end // self.limits.block_tokens)
         assert set(run.blocks) <= set(range(self._num_blocks))
         assert (run.state_slot is not None) == (self.limits.num_state_slots > 0)
-        self.restarts += run.start < story.issued
+        if run.start < story.issued:
+            self.restarts += 1
+            story.began_in = step
         story.issued = end
 
     def _live_story(self, sequence: int) -> Story:

@@ -1,0 +1,108 @@
+"""Steps in and out: from a link to torch's thread, and from there to whoever comes next.
+
+Runs on the event loop. Knows leases, their routes and epochs; a step that nobody waits for any
+more is dropped here and counted. What is computed is `worker.steps`'.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from proto.errors import RemoteProtocolError
+from proto.framing import Frame
+from proto.link import Link
+from proto.messages import Step, StepDone, WorkerFacts
+from worker.answers import answer
+from worker.chain import NextLink, State
+from worker.compute import Compute
+from worker.leases import OpenLease
+from worker.passage import Passage
+from worker.status import Counters
+
+
+class Traffic:
+    """All steps on their way through this worker."""
+
+    def __init__(self, facts: WorkerFacts, name: str, compute: Compute, counters: Counters) -> None:
+        self._facts, self._name = facts, name
+        self._compute = compute
+        self._counters = counters
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Take no more steps; what torch computes now is still handed on."""
+        self._is_stopping = True
+
+    def take(self, source: Link, lease: OpenLease, frame: Frame, step: Step) -> None:
+        """A step came on a link of the lease.
+
+        Raises:
+            RemoteProtocolError: it may not come now, or its payload has another length than it
+                says; the link that it came on is to be closed.
+        """
+        if lease.is_closed or frame.epoch < lease.epoch or self._is_stopping:
+            lease.num_dropped += 1
+            return
+        computer = lease.computer
+        way = State.OPEN if lease.next is None else lease.next.state
+        if frame.epoch > lease.epoch or computer is None or way is State.CONNECTING:
+            raise RemoteProtocolError(
+                f"step {step.step} of epoch {frame.epoch} came before worker "
+                f"{self._name} had answered the lease and the route of that epoch"
+            )
+        if way is State.LOST:  # the manager was told
+            lease.num_dropped += 1
+            return
+        passage = Passage(
+            frame, step, lease=lease, computer=computer, source=source, hand_on=self._hand_on
+        )
+        if passage.num_tokens > self._facts.max_step_tokens:
+            passage.fault(
+                f"a step of {passage.num_tokens} tokens is more than the "
+                f"{self._facts.max_step_tokens} that this worker takes"
+            )
+            passage.finish()
+        elif not self._compute.submit(passage):
+            passage.fault("too many steps wait on this worker")
+            passage.finish()
+
+    def _hand_on(self, passage: Passage) -> None:
+        """The outcome is here: to the next worker, or as tokens to the manager."""
+        lease = passage.lease
+        if passage.outcome is not None and passage.finished_s > passage.started_s:
+            self._counters.count_step(passage.num_tokens, passage.compute_s)
+        if passage.outcome is None or passage.is_stale:
+            lease.num_dropped += 1
+            return
+        if passage.is_last:
+            self._send_done(passage)
+        elif lease.next is not None:
+            self._send_on(passage, lease.next)
+        if lease.is_traced:
+            answer(lease.manager, passage.report(), epoch=passage.epoch)
+
+    def _send_on(self, passage: Passage, following: NextLink) -> None:
+        step, outcome, payload = passage.step, passage.outcome, passage.payload
+        assert outcome is not None and outcome.hidden is not None
+        following.send(
+            replace(
+                step,
+                faults=[*step.faults, *outcome.faults],
+                compute_s=[*step.compute_s, passage.compute_s],
+            ),
+            passage.frame.payload[: passage.frame.payload.nbytes - payload.hidden.nbytes],
+            outcome.hidden,
+            epoch=passage.epoch,
+        )
+
+    def _send_done(self, passage: Passage) -> None:
+        step, outcome = passage.step, passage.outcome
+        assert outcome is not None
+        done = StepDone(
+            lease=step.lease,
+            step=step.step,
+            drawn=outcome.drawn,
+            faults=[*step.faults, *outcome.faults],
+            compute_s=[*step.compute_s, passage.compute_s],
+        )
+        answer(passage.lease.manager, done, epoch=passage.epoch)
