@@ -7,12 +7,14 @@ computes nothing; this one plays its manager and its next worker with plain bloc
 that as little as possible of what is measured is the measuring. A round trip ends when the last
 byte of the step is back here. The floor is the same bytes through a child that only receives and
 sends; `hop` is the difference, and `round trip` itself is what must stay below the limit.
+
+On a machine that is busy with something else this measures the something else: what runs in
+between empties the caches. `taskset -c 1 chrt -f 50 python bench/hop.py` (as root) keeps it away.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -22,7 +24,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from msgspec.structs import replace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -62,7 +66,7 @@ class NoStage:
 
     model_name, fingerprint, dtype_name, device_name = "none", "none", "bfloat16", "cpu"
     start_layer, end_layer, num_layers, is_last = 1, 2, 3, False
-    vocab_size, max_context, block_tokens, block_bytes = 32000, 4096, 16, 1
+    vocab_size, max_context, block_tokens, block_bytes = 32000, 4096, 16, 4096
     stage_bytes = read_bytes = 0
 
     def __init__(self, hidden_size: int) -> None:
@@ -77,37 +81,24 @@ class NoStage:
 
 def serve_worker(hidden_size: int) -> None:
     from worker import server
-    from worker.compute import Compute
     from worker.config import WorkerConfig, parse_listen
-    from worker.service import Service
 
-    async def serve() -> None:
-        config = WorkerConfig(listen=parse_listen("127.0.0.1:0"))
-        worker = server.Server(config)
-        listener = await worker._bind()
-        stage = NoStage(hidden_size)
-        facts = server.make_facts(config, stage, listener.address, 1024)  # type: ignore[arg-type]
-        compute: Compute = worker._compute
-        await compute.call(lambda: __import__("torch").set_num_threads(1))
-        worker._service = Service(
-            stage,  # type: ignore[arg-type]
-            facts,
-            compute,
-            worker._connect_next,
-            listener.address,
-        )
-        print(listener.address, flush=True)
-        await asyncio.Event().wait()
+    def load(*_: object) -> Any:
+        import torch
 
-    sys.setswitchinterval(server.SWITCH_INTERVAL_S)
-    with asyncio.Runner(loop_factory=server._loop_factory()) as runner:
-        runner.run(serve())
+        torch.set_num_threads(1)
+        return NoStage(hidden_size)
+
+    config = WorkerConfig(
+        listen=parse_listen("127.0.0.1:0"), layers=(1, 2), sections=None, index=None
+    )
+    server.run(config, load)
 
 
 def serve_echo(num_in: int, num_out: int) -> None:
     """The floor: take `num_in` bytes, send `num_out`."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        print(f"127.0.0.1:{server.getsockname()[1]}", flush=True)
+        print(f"ready 127.0.0.1:{server.getsockname()[1]}", flush=True)
         connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     space, answer = memoryview(bytearray(num_in)), bytes(num_out)
@@ -178,7 +169,7 @@ def measure_worker(hidden_size: int, num_steps: int) -> tuple[list[float], int, 
         manager.send(Route(lease=LEASE, next=f"127.0.0.1:{us.getsockname()[1]}"))
         following = Peer(us.accept()[0], Session(LISTENER))
         following.wait_for(Hello)
-        following.send(Welcome(**welcome_after(welcome.worker)), epoch=0)
+        following.send(welcome_after(welcome.worker), epoch=0)
         manager.wait_for(Routed)
         run = Run(
             sequence=1, start=15, num_tokens=1, num_blocks=1, rope_length=16, sampling=Sampling()
@@ -212,12 +203,10 @@ def keep_alive(peer: Peer) -> None:
             peer.send(Pong(number=frame.message.number, clock_s=time.monotonic()))
 
 
-def welcome_after(facts: WorkerFacts) -> dict[str, object]:
+def welcome_after(facts: WorkerFacts) -> Welcome:
     """What the next worker of the chain says."""
-    from msgspec.structs import replace
-
     following = replace(facts, start_layer=facts.end_layer, end_layer=facts.num_layers)
-    return {"version": PROTOCOL_VERSION, "agent": "hop", "worker": following}
+    return Welcome(version=PROTOCOL_VERSION, agent="hop", worker=following)
 
 
 def measure_floor(num_in: int, num_out: int, num_steps: int) -> list[float]:
@@ -258,12 +247,13 @@ class child:
             [sys.executable, __file__, "--child", *role],
             stdout=subprocess.PIPE,
             text=True,
+            stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
     def __enter__(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        return self.process.stdout.readline().split()[1]
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -279,7 +269,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         role, *numbers = args.child
-        {"worker": serve_worker, "echo": serve_echo}[role](*map(int, numbers))
+        if role == "worker":
+            serve_worker(int(numbers[0]))
+        else:
+            serve_echo(int(numbers[0]), int(numbers[1]))
         return
     trips, num_in, num_out = measure_worker(args.hidden, args.steps)
     floor = measure_floor(num_in, num_out, args.steps)

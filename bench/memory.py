@@ -21,7 +21,7 @@ from rich.table import Table
 
 MIB = 2**20
 
-_LOAD = """
+_LOAD = r"""
 import json, re, sys
 import psutil
 import engine.stage

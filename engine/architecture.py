@@ -120,6 +120,8 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         ) from None
     if isinstance(model_class, tuple):
         model_class = model_class[0]
+    if config is not whole and getattr(whole, "tie_word_embeddings", False):
+        config.tie_word_embeddings = True  # said once, for the whole; the part must know it too
     name = model_class.__name__
     _refuse_other_state(config, name)
     return Architecture(

@@ -132,8 +132,9 @@ class Batcher:
         for sequence in self._roster.running:
             if sequence.is_prefilling:
                 return sequence if sequence.arrival < limit else None
+        # While an older one waits for room there is none for a newcomer either.
         newcomer = self._roster.next_waiting()
-        if newcomer is None or newcomer.arrival >= limit or not self._roster.admit(newcomer):
+        if newcomer is None or not self._roster.admit(newcomer):
             return None
         return newcomer
 

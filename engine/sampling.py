@@ -68,7 +68,8 @@ def _penalise(logits: Tensor, penalty: float, history: Tensor | None) -> Tensor:
 
 def _draw_at_random(logits: Tensor, sampling: Sampling) -> int:
     """Filter in order of probability, then invert the cumulated probabilities at one number."""
-    scaled = logits.double() / sampling.temperature
+    # Below the largest, so that no temperature, however small, makes infinities of them.
+    scaled = (logits.double() - logits.max()) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[0]:
         # topk is far cheaper than sorting a vocabulary of 100,000; ties go to the lower id
         # in neither, so both sort stably afterwards.

@@ -101,22 +101,32 @@ def version_option() -> click.Option:
 def load_settings(ctx: click.Context, name: str) -> None:
     """Put environment and comboio.toml behind the options of subcommand `name`."""
     file = read_settings_file(settings_file(os.environ))
-    own = _setting_names(ctx, name)
+    own = _settings_of(ctx, name)
     known = set(own)
     if file.tables.get("manager"):  # its keys may belong to any subcommand
-        known = known.union(*(_setting_names(ctx, other) for other in COMMANDS))
+        known = known.union(*(_settings_of(ctx, other) for other in COMMANDS))
     found = find_settings("manager", known, file=file, environ=os.environ)
     settings = {key: setting for key, setting in found.items() if key in own}
-    ctx.default_map = {name: {key: setting.value for key, setting in settings.items()}}
+    values = {key: _value(own[key], setting.value) for key, setting in settings.items()}
+    ctx.default_map = {name: values}
     ctx.meta["origins"] = {key: setting.origin for key, setting in settings.items()}
 
 
-def _setting_names(ctx: click.Context, name: str) -> set[str]:
+def _settings_of(ctx: click.Context, name: str) -> dict[str, click.Option]:
     group = ctx.command
     assert isinstance(group, click.Group)
     command = group.get_command(ctx, name)
     options = command.params if command else []
-    return {p.name for p in options if isinstance(p, click.Option) and p.name and p.expose_value}
+    return {
+        it.name: it
+        for it in options
+        if isinstance(it, click.Option) and it.name and it.expose_value
+    }
+
+
+def _value(option: click.Option, value: object) -> object:
+    """A text for an option that may be repeated is one value, not its characters."""
+    return (value,) if option.multiple and isinstance(value, str) else value
 
 
 def _enter(ctx: click.Context) -> None:

@@ -138,13 +138,19 @@ def _version() -> str:
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:K]")
 @click.option("--dtype", default="auto", show_default=True, metavar="|".join(DTYPES))
 @click.option("--quantize", default="none", show_default=True, metavar="|".join(QUANTIZATIONS))
-@click.option("--threads", type=int, metavar="N", help="CPU threads for torch.")
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="CPU threads for torch. Default: all cores, "
+    "divided by the sections where --listen is on this machine.",
+)
 @click.option(
     "--kv-memory",
     metavar="SIZE",
     help="Memory for keys and values, as 512MB or 1.5GiB. "
     "Default: 40 % of what is free once the weights are loaded, at most 8GiB "
-    "(on a GPU: 70 %, no limit).",
+    "(on a GPU: 70 %, no limit), divided by the sections where --listen is on this machine.",
 )
 @click.option(
     "--secret-file",

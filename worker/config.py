@@ -35,7 +35,7 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"
-    threads: int | None = None  # None: torch's own choice
+    threads: int | None = None  # None: this worker's share of the cores
     kv_memory_bytes: int | None = None  # None: a share of what is free
     secret: bytes | None = None
     insecure: bool = False
@@ -63,6 +63,14 @@ class WorkerConfig:
                 "--secret-file FILE (the same file to the manager and every worker), or "
                 "--insecure where every machine that can reach this port is yours."
             )
+
+    @property
+    def workers_here(self) -> int:
+        """How many workers of the chain share this machine, as far as the options tell.
+
+        A chain of which one worker cannot be reached from elsewhere is on this machine as a whole.
+        """
+        return (self.sections or 1) if is_loopback(self.listen.host) else 1
 
     def _check_slice(self) -> None:
         if self.layers is not None:

@@ -6,7 +6,8 @@ model: the size of a block comes from the caller.
 
 from __future__ import annotations
 
-import sys
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,10 +17,11 @@ import psutil
 from proto.errors import UsageError
 
 # Without --kv-memory: a share that leaves room for activations and for other programs of a small
-# board. Two workers on one machine fit, too, as pages are only taken when blocks fill.
+# board. Workers of one chain on one machine divide it.
 CPU_SHARE: Final = 0.4
 CPU_LIMIT_BYTES: Final = 8 * 2**30
 GPU_SHARE: Final = 0.7
+MAX_BLOCKS: Final = 2**31 - 1  # block tables are int32
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
@@ -32,13 +34,29 @@ class Gpu:
     busy: float | None
 
 
-def count_kv_blocks(asked_bytes: int | None, block_bytes: int, device_name: str) -> int:
+def default_threads(workers_here: int) -> int | None:
+    """Threads for torch when nobody said how many: the cores, divided.
+
+    Workers that each take all cores wait for one another at every matrix product, many times
+    longer than they compute. None (torch's own choice) where the environment has set a number.
+    """
+    if workers_here == 1 or os.environ.get("OMP_NUM_THREADS"):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // workers_here)
+
+
+def count_kv_blocks(
+    asked_bytes: int | None, block_bytes: int, device_name: str, workers_here: int = 1
+) -> int:
     """How many KV blocks this worker offers to its managers, all together.
 
     Raises:
         UsageError: the memory does not hold a single block.
     """
-    kv_bytes = default_kv_bytes(device_name) if asked_bytes is None else asked_bytes
+    kv_bytes = asked_bytes
+    if kv_bytes is None:
+        kv_bytes = default_kv_bytes(device_name) // workers_here
     num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:
         where = "free memory" if asked_bytes is None else "--kv-memory"
@@ -46,7 +64,7 @@ def count_kv_blocks(asked_bytes: int | None, block_bytes: int, device_name: str)
             f"{where} of {kv_bytes} bytes holds no KV block: one takes {block_bytes} bytes over "
             "these layers. Pass a larger --kv-memory, or hold fewer layers."
         )
-    return int(num_blocks)
+    return min(int(num_blocks), MAX_BLOCKS)
 
 
 def default_kv_bytes(device_name: str) -> int:
@@ -77,13 +95,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held."""
+    """The most memory this process ever held.
+
+    Linux's own count for this program's memory; `ru_maxrss` would hold its parent's peak as well.
+    """
     try:
-        import resource
-    except ImportError:  # not a Unix
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
         return int(psutil.Process().memory_info().rss)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else int(psutil.Process().memory_info().rss)
 
 
 def gpu(device_name: str) -> Gpu | None:

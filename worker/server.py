@@ -13,8 +13,10 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from proto.address import Address, parse_address
@@ -26,7 +28,12 @@ from worker.compute import Compute
 from worker.config import WorkerConfig, is_loopback
 from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
-from worker.memory import count_kv_blocks, free_cpu_bytes, is_out_of_memory
+from worker.memory import (
+    count_kv_blocks,
+    default_threads,
+    free_cpu_bytes,
+    is_out_of_memory,
+)
 
 if TYPE_CHECKING:
     from engine.stage import Stage
@@ -46,15 +53,20 @@ ABORT_LOADING_S: Final = 1.0
 SWITCH_INTERVAL_S: Final = 0.0005
 
 
-def run(config: WorkerConfig) -> int:
+Load = Callable[[WorkerConfig, Loading], "Stage"]
+
+
+def run(config: WorkerConfig, load: Load | None = None) -> int:
     """Hold one stage until somebody ends the process; returns the exit code.
 
+    Args:
+        load: what makes the stage, on torch's thread; `engine.stage.load_stage` if None.
     Raises:
         Error: the port cannot be had, or the stage cannot be loaded.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        server = runner.run(_make_server(config))
+        server = runner.run(_make_server(config, load or load_from_checkpoint))
         is_idle = runner.run(server.run())
     if not is_idle:  # torch's thread still computes or imports; the interpreter would stumble
         sys.stdout.flush()
@@ -71,15 +83,15 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
     return uvloop.Loop
 
 
-async def _make_server(config: WorkerConfig) -> Server:
-    return Server(config)
+async def _make_server(config: WorkerConfig, load: Load) -> Server:
+    return Server(config, load)
 
 
 class Server:
     """One worker process."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self._config = config
+    def __init__(self, config: WorkerConfig, load: Load) -> None:
+        self._config, self._load = config, load
         self._loop = asyncio.get_running_loop()
         self._compute = Compute(self._loop)
         self._loading = Loading()
@@ -124,7 +136,7 @@ class Server:
     async def _load_or_stop(self) -> Stage | None:
         """The stage, or None when the worker was told to stop before it was there."""
         load = asyncio.ensure_future(
-            self._compute.call(partial(_load, self._config, self._loading))
+            self._compute.call(partial(self._load, self._config, self._loading))
         )
         either: set[asyncio.Future[Any]] = {load, self._stopped}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -144,6 +156,7 @@ class Server:
                 self._config.kv_memory_bytes,
                 stage.block_bytes,
                 stage.device_name,
+                self._config.workers_here,
             )
         )
         facts = make_facts(self._config, stage, self._listen, total_blocks)
@@ -206,8 +219,12 @@ class Server:
         )
 
 
-def _load(config: WorkerConfig, loading: Loading) -> Stage:
-    """On torch's thread."""
+def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
+    """The section that the options name, on torch's thread.
+
+    Raises:
+        Error: there is no such section, or it does not fit.
+    """
     from engine.stage import load_stage
 
     try:
@@ -218,7 +235,7 @@ def _load(config: WorkerConfig, loading: Loading) -> Stage:
             index=config.index,
             dtype=config.dtype,
             device=config.device,
-            threads=config.threads,
+            threads=config.threads or default_threads(config.workers_here),
             progress=loading.update,
         )
     except Error:
@@ -249,7 +266,7 @@ def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: in
         host=socket.gethostname(),
         pid=os.getpid(),
         model=stage.model_name,
-        model_path=config.model or "",
+        model_path=_path_for_others(config.model),
         fingerprint=stage.fingerprint,
         section=config.index if config.layers is None else None,
         num_sections=config.sections if config.layers is None else None,
@@ -268,6 +285,14 @@ def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: in
         free_blocks=total_blocks,
         max_step_tokens=max(1, min(MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES * 3 // 4 // row_bytes)),
     )
+
+
+def _path_for_others(model: str | None) -> str:
+    """What a manager in another folder of this machine can open; a hub id stays as it is."""
+    if model is None:
+        return ""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
 
 
 def ready_line(facts: WorkerFacts) -> str:

@@ -179,13 +179,13 @@ def test_the_same_seed_draws_the_same_texts_whatever_runs_beside(workers, prompt
     assert texts("--batch-size", "1") == texts("--batch-size", "5")
 
 
-def test_it_starts_its_own_workers_when_asked_to(tiny, prompts):
-    answer = manager(
-        *("batch", "--prompts", prompts(["fox"]), "--model", str(tiny.folder), "--spawn", "2"),
-        *("--max-new-tokens", "4"),
-    )
+def test_the_example_runs_on_the_demo_model_over_workers_of_its_own():
+    example = ROOT / "examples" / "prompts" / "docstrings.jsonl"
+    answer = manager("batch", "--prompts", str(example), "--spawn", "2", "--max-new-tokens", "8")
     assert answer.returncode == 0, answer.stderr
-    assert json.loads(answer.stdout)["completion_tokens"] == 4
+    results = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert [it["id"] for it in results] == ["parser", "sorted", "warm"]
+    assert all(it["text"] for it in results)
 
 
 def test_a_terminal_sees_rows_rate_and_time_left(workers, prompts):

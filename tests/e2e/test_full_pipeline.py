@@ -1,7 +1,8 @@
 """Every stage busy: read from the trace of a run over two real workers.
 
 The bound is on wall time. A machine that does other work at the same time stretches steps at
-random, and a stage that waits for a stretched one is idle: then a second try has to show it.
+random, and a stage that waits for a stretched one is idle: then another try has to show it. What
+the workers got of their cores stands beside the shares, to tell the one from the other.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NUM_SEQUENCES = 8
 NEW_TOKENS = 48
 BUSY_SHARE = 0.85
 STEP_S = 0.020
-TRIES = 2
+TRIES = 3
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +35,29 @@ def sibling_workers(tmp_path_factory):
         yield start_all(stack, *sections_of(folder, 2, "--threads", "1", "--kv-memory", "64MB"))
 
 
-async def trace_of_a_run(workers: Workers, path: Path) -> TraceView:
-    """Eight sequences of the same length, all there from the start."""
+async def trace_of_a_run(workers: Workers, path: Path) -> tuple[TraceView, list[float]]:
+    """Eight sequences of the same length, all there from the start.
+
+    Returns the trace, and each worker's CPU seconds for a second of computing.
+    """
     options = GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     pipeline = await Pipeline.open(
         workers.addresses, max_sequences=NUM_SEQUENCES, trace=open_trace(path)
     )
     async with pipeline:
+        before = await pipeline.status()
         await asyncio.gather(
             *(
                 pipeline.generate(f"{number}: " + "the quick brown fox " * 10, options)
                 for number in range(NUM_SEQUENCES)
             )
         )
-    return read_trace(path)
+        after = await pipeline.status()
+    cores = [
+        (new.cpu_s - old.cpu_s) / (new.compute_s - old.compute_s)
+        for (_, old, _), (_, new, _) in zip(before, after, strict=True)
+    ]
+    return read_trace(path), cores
 
 
 def busy_shares(view: TraceView) -> dict[str, float]:
@@ -61,15 +71,16 @@ async def test_each_of_two_stages_computes_85_percent_of_the_decode_phase(
 ):
     tried = []
     for number in range(TRIES):
-        view = await trace_of_a_run(sibling_workers, tmp_path / f"t{number}.json")
-        tried.append(busy_shares(view))
-        if min(tried[-1].values()) >= BUSY_SHARE:
-            break
-    assert min(tried[-1].values()) >= BUSY_SHARE, tried
+        view, cores = await trace_of_a_run(sibling_workers, tmp_path / f"t{number}.json")
+        shares = busy_shares(view)
+        if min(shares.values()) >= BUSY_SHARE:
+            return
+        tried.append(f"busy {shares} of the time, with {cores} of a core while computing")
+    pytest.fail("; ".join(tried))
 
 
 async def test_the_stages_compute_different_steps_at_the_same_time(sibling_workers, tmp_path):
-    view = await trace_of_a_run(sibling_workers, tmp_path / "t.json")
+    view, _ = await trace_of_a_run(sibling_workers, tmp_path / "t.json")
     first, second = (view.lanes[address]["compute"] for address in sibling_workers.addresses)
     decodes = [step for step, tokens in view.tokens.items() if tokens <= NUM_SEQUENCES]
     took_s = sorted((second[it][1] - first[it][0]) / 1e6 for it in decodes)

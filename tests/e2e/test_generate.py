@@ -7,6 +7,7 @@ import json
 import os
 import signal
 
+import psutil
 import pytest
 
 from manager.pipeline import Pipeline
@@ -106,6 +107,17 @@ def test_a_spawned_workers_own_sentence_is_what_one_reads(tmp_path):
     assert str(tmp_path) in one_line(answer.stderr)
 
 
+def test_an_interruption_while_workers_start_leaves_none_behind():
+    running = start_manager("generate", "fox", "--spawn", "2")
+    while len(started := psutil.Process(running.pid).children()) < 2:
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert one_line(stderr.decode()) == "manager: interrupted"
+    assert not any(worker.is_running() for worker in started)
+
+
 def test_a_worker_that_dies_on_the_way_leaves_the_text_so_far(tiny, start):
     chain = start(*sections_of(tiny.folder, 2))
     running = start_manager(
@@ -201,6 +213,14 @@ def test_a_bad_prompt_on_stdin_is_one_sentence(stdin, said):
     answer = manager("generate", "-", stdin=stdin)
     assert answer.returncode == 2
     assert said in one_line(answer.stderr)
+
+
+def test_a_variable_gives_a_repeatable_option_one_value(call, workers):
+    words = ["generate", "dog", "--json", "--workers", workers.option, "--max-new-tokens", "40"]
+    whole = json.loads(call(*words).stdout)["text"]
+    stop = whole[5:8]
+    stopped = json.loads(call(*words, env={"COMBOIO_STOP": stop}).stdout)
+    assert stopped["text"] == whole[: whole.index(stop)]
 
 
 def test_settings_come_from_option_variable_file_in_this_order(call, workers, tmp_path):

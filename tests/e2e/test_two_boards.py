@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"<!-- ([\w ]+): (\w+) -->\n```\w+\n(.*?)```", re.DOTALL)
 Blocks = dict[tuple[str, str], str]  # (place, what) -> commands
 COMMAND_S = 240  # importing torch on a busy machine, twice
+pytestmark = pytest.mark.timeout(900)  # several commands to a test
 
 
 @dataclass(frozen=True)

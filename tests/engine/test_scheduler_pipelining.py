@@ -145,6 +145,16 @@ def test_a_lone_long_prompt_keeps_all_stages_at_work(num_stages: int) -> None:
     assert min(chain.busy_shares(0.0, first_token_s)) > 0.6
 
 
+def test_a_short_prompt_after_a_long_one_is_cut_for_itself() -> None:
+    chain = chain_for(equal_stages(2, 0.002, 0.001), overhead_s=0.001)
+    submit(chain, 1, prompt_tokens=1600, new_tokens=1)
+    chain.run_dry()
+    chain.handle(Submitted(Request(1, tuple(range(5000, 5400)), 1)))
+    chain.run_dry()
+    chunks = [len(p.command.runs[0].tokens) for p in chain.passages]
+    assert chunks == [400] * 4 + [112] * 3 + [64]
+
+
 def test_a_new_prompt_goes_down_the_pipeline_at_once_beside_full_decode_groups() -> None:
     chain = chain_for(equal_stages(2, 0.010, 0.0), overhead_s=0.0001)
     submit(chain, 8, new_tokens=40)

@@ -35,12 +35,16 @@ def test_settings_for_workers_that_people_start_are_kept_from_spawned_ones():
 
 async def test_they_are_gone_when_the_block_ends_in_an_error():
     workers = SpawnedWorkers(SpawnConfig(count=2, threads=1))
-    with pytest.raises(ZeroDivisionError):
+
+    async def fail_inside() -> None:
         async with workers:
-            pids = workers.pids
             assert len(workers.addresses) == 2
+            assert all(psutil.pid_exists(pid) for pid in workers.pids)
             raise ZeroDivisionError
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+    with pytest.raises(ZeroDivisionError):
+        await fail_inside()
+    assert not any(psutil.pid_exists(pid) for pid in workers.pids)
 
 
 async def test_a_worker_that_cannot_start_says_why_and_leaves_no_other(tmp_path):

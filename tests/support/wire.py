@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from proto.codec import pack_step_tables
@@ -100,7 +99,7 @@ def pack(lease: bytes, step: int, parts: Sequence[Part]) -> tuple[Step, bytes, m
     return (
         Step(lease=lease, step=step, runs=runs),
         pack_step_tables(tokens, tables, histories),
-        memoryview(np.asarray(hidden.detach())).cast("B"),
+        hidden.detach().numpy().data.cast("B"),
     )
 
 

@@ -64,6 +64,7 @@ def test_loading_that_was_given_up_stops_at_its_next_bytes() -> None:
 
 def test_a_memory_that_holds_no_block_is_refused_with_the_numbers() -> None:
     assert count_kv_blocks(1000, 100, "cpu") == 10
+    assert count_kv_blocks(2**40, 1, "cpu") == 2**31 - 1  # what a block table can name
     with pytest.raises(UsageError) as refused:
         count_kv_blocks(99, 100, "cpu")
     assert "--kv-memory of 99 bytes" in str(refused.value)
