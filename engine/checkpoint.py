@@ -25,6 +25,20 @@ DEMO_MODEL: Final = Path(__file__).parent / "demo"
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
+# Whichever of these a checkpoint has; together they are what transformers' tokenizers read.
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
+)
 # The safetensors format allows headers up to 100 MB; no JSON beside a model comes near that.
 _MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_JSON_BYTES: Final = 64 * 2**20
@@ -157,10 +171,11 @@ class Checkpoint:
         parsed: dict[str, Any] | None = self._read_json(file, required=False)
         return parsed
 
-    @property
-    def tokenizer_source(self) -> str:
-        """What to give transformers to find the tokenizer: the folder, or the hub id."""
-        return self._source.repo if isinstance(self._source, _Hub) else str(self.folder)
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files lie; those of a hub id are downloaded first."""
+        for file in _TOKENIZER_FILES:
+            self._source.locate(file)
+        return self.folder
 
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:
@@ -229,6 +244,7 @@ class _Hub:
     def __init__(self, repo: str) -> None:
         self.repo, self.name = repo, repo
         self._revision: str | None = None
+        self._unreachable = False
         config = self.locate("config.json")
         if config is None:
             raise ModelError(self.why_no_config())
@@ -248,7 +264,10 @@ class _Hub:
 
         try:
             return Path(hf_hub_download(self.repo, file, revision=self._revision))
-        except (LocalEntryNotFoundError, EntryNotFoundError):
+        except LocalEntryNotFoundError:  # not in the cache, and the hub was not asked or is away
+            self._unreachable = True
+            return None
+        except EntryNotFoundError:
             return None
         except HFValidationError as exc:
             raise ModelError(
@@ -264,7 +283,11 @@ class _Hub:
     def why_no_config(self) -> str:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
-        where = "in the hub cache (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "on the hub"
+        where = "on the hub"
+        if HF_HUB_OFFLINE:
+            where = "in the hub cache (HF_HUB_OFFLINE is set)"
+        elif self._unreachable:
+            where = "in the hub cache, and the hub cannot be reached"
         return f"--model {self.repo!r} is no folder here, and no such model was found {where}"
 
     def why_no_weights(self) -> str:

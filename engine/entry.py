@@ -154,9 +154,9 @@ def load_entry(model: str | None, *, dtype: str = "auto") -> Entry:
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
-    source = checkpoint.tokenizer_source
+    folder = checkpoint.tokenizer_folder()
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as exc:  # whatever a tokenizer class raises on missing or bad files
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise ModelError(

@@ -56,11 +56,30 @@ class BatchConfig:
             )
         if self.overwrite and self.output is None:
             raise UsageError("--overwrite replaces a file: pass --output FILE as well.")
-        for option, path in (("--metrics", self.metrics), ("--trace", self.connection.trace)):
-            if path is not None and not path.parent.is_dir():
-                raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
-            if path is not None and path.is_dir():
+        _check_paths(
+            {
+                "--prompts": self.prompts,
+                "--output": self.output,
+                "--metrics": self.metrics,
+                "--trace": self.connection.trace,
+            }
+        )
+
+
+def _check_paths(paths: dict[str, Path | None]) -> None:
+    """What can be said of the files before anything runs."""
+    taken: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
+            continue  # a device takes any number
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise UsageError(f"{other} and {option} are the same file, {path}: name two.")
+        if option in ("--metrics", "--trace"):
+            if path.is_dir():
                 raise UsageError(f"{option} {path} is a folder: name a file.")
+            if not path.parent.is_dir():
+                raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
 
 
 @click.command()
@@ -161,6 +180,8 @@ async def run(config: BatchConfig, rows: Sequence[Row], results: Results) -> Non
             num_kept = len(results.done)
             if num_kept:
                 notices.say(f"going on: {num_kept} of {len(rows)} rows are done already")
+            if results.num_changed:
+                notices.say(f"{results.num_changed} kept rows fit no prompt of the file any more")
             measured = await run_rows(
                 pipeline,
                 rows,

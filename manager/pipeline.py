@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,14 @@ from manager.sequences import ActiveSequence
 from manager.steps import StepWriter
 from manager.text import Vocabulary
 from manager.topology import OpenChain, open_chain
-from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
+from proto.errors import (
+    Error,
+    ModelError,
+    RequestRefused,
+    UsageError,
+    WorkerLoading,
+    WorkerLost,
+)
 from proto.messages import LinkLost, Role, Status, Step, WorkerFacts
 from proto.secret import read_secret_file
 
@@ -39,6 +47,11 @@ if TYPE_CHECKING:
 # One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
 # tokens beside it do not wait long.
 TOKEN_BUDGET: Final = 512
+
+# A worker that is loading is called again this often, and given up when it said the same for so
+# long: a board may need minutes to import torch from an SD card.
+LOADING_POLL_S: Final = 0.3
+LOADING_STALLS_S: Final = 300.0
 
 # Tokenizers take about a millisecond for so much; longer texts are left to a thread.
 INLINE_CHARS: Final = 4096
@@ -113,7 +126,7 @@ class Pipeline:
             raise UsageError(f"max_sequences is {max_sequences}: at least 1 request must run.")
         secret = None if secret_file is None else read_secret_file(secret_file)
         on_progress("looking at the workers")
-        facts = await _look(workers, secret)
+        facts = await _look(workers, secret, on_progress)
         # No link is open meanwhile: importing torch can hold this process up for longer than a
         # worker waits for a sign of life.
         on_progress(f"loading the tokenizer of {facts.model}")
@@ -363,11 +376,32 @@ class _Loaded:
             )
 
 
-async def _look(workers: str | Sequence[str] | None, secret: bytes | None) -> WorkerFacts:
-    """What the workers hold; they are known to make up a chain, as far as that goes."""
-    chain = await open_chain(workers, role=Role.OBSERVER, secret=secret)
+async def _look(
+    workers: str | Sequence[str] | None, secret: bytes | None, on_progress: OnProgress
+) -> WorkerFacts:
+    """What the workers hold; they are known to make up a chain, as far as that goes.
+
+    Waits for workers that are loading, as long as they get on with it.
+    """
+    chain = await _open_loaded_chain(workers, secret, on_progress)
     await chain.close("only looked")
     return chain.facts[0]
+
+
+async def _open_loaded_chain(
+    workers: str | Sequence[str] | None, secret: bytes | None, on_progress: OnProgress
+) -> OpenChain:
+    said, give_up_s = "", 0.0
+    while True:
+        try:
+            return await open_chain(workers, role=Role.OBSERVER, secret=secret)
+        except WorkerLoading as loading:
+            if str(loading) != said:
+                said, give_up_s = str(loading), time.monotonic() + LOADING_STALLS_S
+                on_progress(said.partition(" refused: ")[2] or said)
+            if time.monotonic() > give_up_s:
+                raise
+            await asyncio.sleep(LOADING_POLL_S)
 
 
 def _load(model: str | None, facts: WorkerFacts) -> _Loaded:

@@ -40,6 +40,7 @@ class Results(Protocol):
     """A place for results; a context manager."""
 
     num_failed: int  # rows with an error, resumed ones included
+    num_changed: int  # rows that were kept and whose prompts are not there any more
 
     def begin(self, made_by: Mapping[str, Any]) -> None:
         """The first row follows; `made_by` is what all texts depend on, for a later resumption."""
@@ -92,7 +93,7 @@ class ResultsFile:
         self.path = Path(os.path.realpath(path))  # a link stays one when the file is replaced
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.num_failed = 0
-        self.num_changed = 0  # rows of the partial file whose prompts are not there any more
+        self.num_changed = 0
         self._rows, self._overwrite = rows, overwrite
         self._places: dict[int, tuple[int, int]] = {}  # row -> (offset, bytes) in the partial file
         self._header: Mapping[str, Any] | None = None  # of the partial file that was there
@@ -303,7 +304,7 @@ class StreamedResults:
     def __init__(self, path: Path | None, num_rows: int) -> None:
         self._name = "stdout" if path is None else str(path)
         self._num_rows = num_rows
-        self.num_failed = 0
+        self.num_failed = self.num_changed = 0
         self._early: dict[int, bytes] = {}  # rows that wait for those before them
         self._next = 0
         self._stream: TextIO = sys.stdout if path is None else _open_device(path)

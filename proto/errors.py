@@ -90,6 +90,14 @@ class PeerLost(Error):
         super().__init__(f"{peer} was lost: {reason}")
 
 
+class WorkerLoading(WorkerRefused):
+    """A worker that is still reading its weights; it will take links when it has them."""
+
+    def __init__(self, sentence: str, percent: int) -> None:
+        self.percent = percent
+        super().__init__(sentence)
+
+
 class WorkerLost(PeerLost):
     """A worker went away: its socket closed, or it stopped answering."""
 

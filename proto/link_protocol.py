@@ -24,6 +24,7 @@ from proto.errors import (
     ProtocolError,
     RemoteProtocolError,
     WorkerLost,
+    WorkerLoading,
     WorkerRefused,
 )
 from proto.framing import Buffer, Frame
@@ -272,7 +273,8 @@ class Link(asyncio.BufferedProtocol):
         """Close because of `error`: the peer is told, `on_closed` gets it, `send` raises."""
         if not self._ended:
             reason = str(error) if isinstance(error, Error) else "an internal error"
-            self._session.give_up(reason)
+            percent = error.percent if isinstance(error, WorkerLoading) else None
+            self._session.give_up(reason, percent)
             self._leave(error)
 
     def abort(self, reason: str) -> None:
@@ -376,8 +378,12 @@ class Link(asyncio.BufferedProtocol):
         if self._was_open:
             self._deliver(frame)  # an answer like any other
         else:
-            reason = _printable(cast(Refused, frame.message).reason)
-            self._leave(WorkerRefused(f"worker {self.peer} refused: {reason}"))
+            refused = cast(Refused, frame.message)
+            sentence = f"worker {self.peer} refused: {_printable(refused.reason)}"
+            if refused.loading_percent is None:
+                self._leave(WorkerRefused(sentence))
+            else:
+                self._leave(WorkerLoading(sentence, refused.loading_percent))
 
     _OWN: Final = {
         Ping: _ping_came,

@@ -108,6 +108,8 @@ class Refused(Message, frozen=True, kw_only=True):
 
     TAG = 6
     reason: Reason
+    # How far a worker is that still loads: to call again later is worth it. None: it is not.
+    loading_percent: Annotated[int, Meta(ge=0, le=100)] | None = None
 
 
 class WorkerFacts(Struct, frozen=True, kw_only=True):

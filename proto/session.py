@@ -223,14 +223,14 @@ class Session:
             f"the {self.peer_side.value} closed the link while it was {self.state.value}"
         )
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str, loading_percent: int | None = None) -> None:
         """Close now, with a sentence for the peer where this side may still say one."""
         reason = reason.encode("utf-8", "replace").decode("utf-8")[:MAX_REASON_CHARS]
         farewell: Message
         if self.state is State.OPEN:
             farewell = Goodbye(reason=reason)
         elif self.side is LISTENER and self.state is not State.CLOSED:
-            farewell = Refused(reason=reason)
+            farewell = Refused(reason=reason, loading_percent=loading_percent)
         else:
             self._close()
             return

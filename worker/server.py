@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from proto.address import Address, parse_address
-from proto.errors import Error, WorkerRefused
+from proto.errors import Error, WorkerLoading
 from proto.framing import MAX_PAYLOAD_BYTES
 from proto.link import Link, Listener, connect, listen
 from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome, WorkerFacts
@@ -195,9 +195,8 @@ class Server:
 
     def _welcome(self, hello: Hello) -> Welcome:
         if self._service is None:
-            raise WorkerRefused(
-                f"worker {self._listen} is still loading ({self._loading.percent} %)"
-            )
+            percent = self._loading.percent
+            raise WorkerLoading(f"worker {self._listen} is still loading ({percent} %)", percent)
         if hello.role is Role.NEIGHBOUR:
             self._service.check_neighbour(hello.lease)
         return Welcome(version=PROTOCOL_VERSION, agent=_agent(), worker=self._service.facts)

@@ -348,6 +348,8 @@ def test_a_full_device_is_one_sentence(workers, prompts):
         (["--prompts", "p.txt", "--output", "no/o.jsonl"], "there is no folder"),
         (["--prompts", "p.txt", "--metrics", "no/m.json"], "there is no folder"),
         (["--prompts", "p.txt", "--trace", "."], "is a folder"),
+        (["--prompts", "p.txt", "--output", "p.txt", "--overwrite"], "are the same file"),
+        (["--prompts", "p.txt", "--output", "o", "--metrics", "./o"], "are the same file"),
         (["--prompts", "p.txt", "--batch-size", "0"], "--batch-size"),
         (["--prompts", "p.txt", "--iters", "0"], "--iters"),
         (["--prompts", "p.txt", "--max-new-tokens", "0"], "max_new_tokens is 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -11,6 +12,7 @@ from manager.generation import GenerationOptions
 from manager.pipeline import Pipeline
 from proto.errors import ModelError, RequestRefused, SplitError, WorkerLost, WorkerUnreachable
 from tests.support.chains import VOCAB, sections_of
+from tests.support.processes import WorkerProcess
 
 LENGTHS = (1, 2, 15, 16, 17, 40, 100, 200)
 
@@ -248,3 +250,18 @@ async def test_nan_ends_only_the_request_that_made_it(tmp_path, start):
     assert "NaN" in bad.error
     assert chain.addresses[0] in bad.error
     assert good.completion_tokens == 10
+
+
+async def test_a_manager_waits_for_workers_that_are_loading(
+    tiny,
+) -> None:
+    """`manager generate` typed right after `worker`: the newcomer's first race."""
+    said: list[str] = []
+    with WorkerProcess("--model", str(tiny.folder), "--log-format", "json", wait=False) as worker:
+        listening = await asyncio.to_thread(worker.wait_for_stderr, "listening")
+        address = json.loads(listening)["address"]
+        pipeline = await Pipeline.open([address], on_progress=said.append)
+        async with pipeline:
+            completion = await pipeline.generate([5, 6, 7], GenerationOptions(max_new_tokens=4))
+    assert list(completion.token_ids) == tiny.greedy([5, 6, 7], 4)
+    assert any("is still loading" in it for it in said)

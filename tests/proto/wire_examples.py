@@ -111,7 +111,7 @@ EXAMPLES: dict[type[Message], Example] = {
         Hello(version=PROTOCOL_VERSION, role=Role.NEIGHBOUR, agent="comboio/0.1.0", lease=LEASE)
     ),
     Welcome: Example(WELCOME),
-    Refused: Example(Refused(reason="this worker has no lease of that number")),
+    Refused: Example(Refused(reason="this worker is still loading", loading_percent=43)),
     Lease: Example(Lease(lease=LEASE, min_blocks=8, want_blocks=300, trace=True)),
     Leased: Example(Leased(lease=LEASE, blocks=300), epoch=1),
     Route: Example(Route(lease=LEASE, next="127.0.0.1:7711"), epoch=1),

@@ -61,9 +61,11 @@ class Workers:
         return ",".join(self.addresses)
 
 
-def save_tiny_with_tokenizer(folder: Path, *, chat: bool = True, **overrides: Any) -> TinyModel:
-    """A Llama of 4 layers in float32 with a tokenizer, which has a chat template if `chat`."""
-    model = save_tiny("llama", folder, **{"vocab_size": VOCAB, **overrides})
+def save_tiny_with_tokenizer(
+    folder: Path, kind: str = "llama", *, chat: bool = True, **overrides: Any
+) -> TinyModel:
+    """A model of 4 layers in float32 with a tokenizer, which has a chat template if `chat`."""
+    model = save_tiny(kind, folder, **{"vocab_size": VOCAB, **overrides})
     return TinyModel(folder, model, save_tokenizer(folder, VOCAB, chat=chat))
 
 
