@@ -1,8 +1,8 @@
 """Every stage busy: read from the trace of a run over two real workers.
 
 The bound is on wall time. A machine that does other work at the same time stretches steps at
-random, and a stage that waits for a stretched one is idle: then another try has to show it. What
-the workers got of their cores stands beside the shares, to tell the one from the other.
+random, and a stage that waits for a stretched one is idle, whatever the scheduler does. So what the
+workers got of their cores is measured too: a try in which they got less says nothing when it fails.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NEW_TOKENS = 48
 BUSY_SHARE = 0.85
 STEP_S = 0.020
 TRIES = 3
+WHOLE_CORE = 0.9  # CPU seconds for a second of computing, where nobody else wants the core
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +70,17 @@ def busy_shares(view: TraceView) -> dict[str, float]:
 async def test_each_of_two_stages_computes_85_percent_of_the_decode_phase(
     sibling_workers, tmp_path
 ):
-    tried = []
+    tried, is_telling = [], False
     for number in range(TRIES):
         view, cores = await trace_of_a_run(sibling_workers, tmp_path / f"t{number}.json")
         shares = busy_shares(view)
         if min(shares.values()) >= BUSY_SHARE:
             return
         tried.append(f"busy {shares} of the time, with {cores} of a core while computing")
-    pytest.fail("; ".join(tried))
+        is_telling |= min(cores) >= WHOLE_CORE
+    if is_telling:
+        pytest.fail("; ".join(tried))
+    pytest.skip("other work took the workers' cores in every try: " + "; ".join(tried))
 
 
 async def test_the_stages_compute_different_steps_at_the_same_time(sibling_workers, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +302,42 @@ def test_copies_that_are_cut_into_other_files_count_as_different(tmp_path: Path)
     save_tiny("llama", tmp_path / "sharded", max_shard_size=ONE_TENSOR_A_FILE)
     single, sharded = Checkpoint(str(tmp_path / "single")), Checkpoint(str(tmp_path / "sharded"))
     assert single.fingerprint != sharded.fingerprint
+
+
+MEASURE = """
+import resource, sys
+from engine.stage import load_stage
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+load_stage(sys.argv[1], layers=(0, 4), dtype="float32", device="cpu")  # imports, first use of torch
+before = peak()
+stage = load_stage(sys.argv[2], layers=(0, 4), dtype=sys.argv[3], device="cpu")
+print(peak() - before, stage.stage_bytes)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_loading_needs_memory_for_the_stage_and_one_parameter(
+    kind: str, dtype: str, tmp_path: Path
+) -> None:
+    """Half of 120 MiB, stored in float32; a parameter of Mixtral stacks all experts of a layer."""
+    save_tiny(kind, tmp_path / "small")
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
+    if kind == "mixtral":
+        sizes |= {"num_hidden_layers": 6, "intermediate_size": 1024}
+    model = save_tiny(kind, tmp_path / "large", **sizes)
+    parameters = [it.numel() * 4 for it in model.parameters()]
+    assert sum(parameters) > 120 * 2**20
+    command = [sys.executable, "-c", MEASURE, *map(str, [tmp_path / "small", tmp_path / "large"])]
+    result = subprocess.run(
+        [*command, dtype],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    peak, stage_bytes = map(int, result.stdout.split())
+    # The parameter's sources as they are stored, and the parameter made of them.
+    assert peak < stage_bytes + 2 * max(parameters) + 12 * 2**20
