@@ -23,8 +23,8 @@ from proto.errors import (
     PeerLost,
     ProtocolError,
     RemoteProtocolError,
-    WorkerLost,
     WorkerLoading,
+    WorkerLost,
     WorkerRefused,
 )
 from proto.framing import Buffer, Frame

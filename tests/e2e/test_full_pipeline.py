@@ -24,7 +24,7 @@ NUM_SEQUENCES = 8
 NEW_TOKENS = 48
 BUSY_SHARE = 0.85
 STEP_S = 0.020
-TRIES = 3
+TRIES = 5
 WHOLE_CORE = 0.9  # CPU seconds for a second of computing, where nobody else wants the core
 
 
