@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.entry import load_entry
 from tests.support.local_chain import open_entry
+from tests.support.memory import measured
 from tests.support.models import VOCAB, save_tiny
 from tests.support.tokenizers import save_tokenizer
 
@@ -182,14 +181,13 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-MEASURE = """
-import resource, sys
+OPEN = """
 from engine.entry import load_entry
-load_entry(sys.argv[1], dtype="float32")  # what importing and a first model cost
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+load_entry(sys.argv[1], dtype="bfloat16")  # imports, first uses
+start()
 entry = load_entry(sys.argv[2], dtype="bfloat16")
 entry.embed(range(100), range(100))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(growth())
 """
 
 
@@ -200,9 +198,5 @@ def test_a_large_checkpoint_costs_the_manager_next_to_no_memory(tmp_path: Path) 
     large = {"vocab_size": 2**20, "tie_word_embeddings": True}
     save_tiny("llama", tmp_path / "large", dtype=torch.bfloat16, **large)
     save_tokenizer(tmp_path / "large", 300)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=True, timeout=120
-    )
-    assert int(result.stdout) < 24 * 2**20
+    (peak,) = measured(OPEN, tmp_path / "small", tmp_path / "large")
+    assert peak < 24 * 2**20

@@ -1,0 +1,44 @@
+"""How much memory some code needs at its peak, measured in a process of its own.
+
+A forked child starts with its parent's `ru_maxrss`, so the kernel's high-water mark is read and
+reset instead; only Linux has that.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+_PRELUDE = """
+import sys
+def resident(field):
+    with open("/proc/self/status") as lines:
+        return next(int(it.split()[1]) * 1024 for it in lines if it.startswith(field + ":"))
+def start():
+    global _before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    _before = resident("VmRSS")
+def growth():
+    return resident("VmHWM") - _before
+"""
+
+
+def measured(script: str, *args: object) -> list[int]:
+    """The whole numbers that a script prints; it may call start(), and growth() in bytes."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux: /proc/self/clear_refs")
+    result = subprocess.run(
+        [sys.executable, "-c", _PRELUDE + script, *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return [int(word) for word in result.stdout.split()]
