@@ -14,7 +14,12 @@ from proto.messages import StepReport
 from tests.support.traces import read_trace
 
 LEASE = bytes(16)
-T = time.monotonic() + 1  # of the first step: after the trace was opened
+
+
+@pytest.fixture
+def start_s() -> float:
+    """When the first step is issued: after the test opened its trace."""
+    return time.monotonic() + 1
 
 
 def report(step, received_s, started_s, finished_s, sent_s, num_tokens=1):
@@ -29,12 +34,20 @@ def report(step, received_s, started_s, finished_s, sent_s, num_tokens=1):
     )
 
 
-def test_a_step_has_its_times_in_the_manager_and_in_every_worker(tmp_path):
+def test_a_step_has_its_times_in_the_manager_and_in_every_worker(tmp_path, start_s):
     trace = open_trace(tmp_path / "t.json")
-    trace.step_issued(0, T, 40)
-    trace.report("a:1", report(0, T + 0.001, T + 0.002, T + 0.022, T + 0.023, 40), 0.0)
-    trace.report("b:2", report(0, T + 0.024, T + 0.025, T + 0.045, T + 0.046, 40), 0.0)
-    trace.step_returned(0, T + 0.047, [0.02, 0.02])
+    trace.step_issued(0, start_s, 40)
+    trace.report(
+        "a:1",
+        report(0, start_s + 0.001, start_s + 0.002, start_s + 0.022, start_s + 0.023, 40),
+        0.0,
+    )
+    trace.report(
+        "b:2",
+        report(0, start_s + 0.024, start_s + 0.025, start_s + 0.045, start_s + 0.046, 40),
+        0.0,
+    )
+    trace.step_returned(0, start_s + 0.047, [0.02, 0.02])
     trace.close()
     view = read_trace(tmp_path / "t.json")
     assert view.tokens == {0: 40}
@@ -52,14 +65,14 @@ def test_a_step_has_its_times_in_the_manager_and_in_every_worker(tmp_path):
 LANES = ("queue", "compute", "send")
 
 
-def test_a_worker_s_clock_is_put_into_the_manager_s(tmp_path):
+def test_a_worker_s_clock_is_put_into_the_manager_s(tmp_path, start_s):
     trace = open_trace(tmp_path / "t.json")
-    trace.step_issued(0, T, 1)
-    theirs = T + 7000
+    trace.step_issued(0, start_s, 1)
+    theirs = start_s + 7000
     trace.report(
         "a:1", report(0, theirs + 0.5, theirs + 0.5, theirs + 1, theirs + 1), clock_offset_s=7000
     )
-    trace.step_returned(0, T + 1.5, [0.5])
+    trace.step_returned(0, start_s + 1.5, [0.5])
     trace.close()
     view = read_trace(tmp_path / "t.json")
     start, end = view.lanes["a:1"]["compute"][0]
@@ -67,23 +80,25 @@ def test_a_worker_s_clock_is_put_into_the_manager_s(tmp_path):
     assert view.returned_us[0] - end == pytest.approx(500_000)
 
 
-def test_slices_of_one_worker_do_not_overlap_when_its_offset_moves(tmp_path):
+def test_slices_of_one_worker_do_not_overlap_when_its_offset_moves(tmp_path, start_s):
     trace = open_trace(tmp_path / "t.json")
     for step in (0, 1):
-        trace.step_issued(step, T + step, 1)
-    trace.report("a:1", report(0, T + 50, T + 50, T + 51, T + 51), 50.0)
-    trace.report("a:1", report(1, T + 51, T + 51, T + 52, T + 52), 50.1)  # measured anew
+        trace.step_issued(step, start_s + step, 1)
+    trace.report("a:1", report(0, start_s + 50, start_s + 50, start_s + 51, start_s + 51), 50.0)
+    trace.report(
+        "a:1", report(1, start_s + 51, start_s + 51, start_s + 52, start_s + 52), 50.1
+    )  # measured anew
     for step in (0, 1):
-        trace.step_returned(step, T + 3 + step, [])
+        trace.step_returned(step, start_s + 3 + step, [])
     trace.close()
     computes = read_trace(tmp_path / "t.json").lanes["a:1"]["compute"]
     assert computes[0][1] <= computes[1][0] <= computes[1][1]
 
 
-def test_a_trace_that_was_never_closed_opens_once_a_bracket_is_added(tmp_path):
+def test_a_trace_that_was_never_closed_opens_once_a_bracket_is_added(tmp_path, start_s):
     trace = open_trace(tmp_path / "t.json")
-    trace.step_issued(0, T, 1)
-    trace.step_returned(0, T + 1, [])
+    trace.step_issued(0, start_s, 1)
+    trace.step_returned(0, start_s + 1, [])
     trace._stream.flush()  # what a second's wait does
     events = json.loads((tmp_path / "t.json").read_text() + "]")
     assert [it["ph"] for it in events if it["name"] == "step"] == ["b", "e"]
