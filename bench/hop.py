@@ -6,10 +6,11 @@ Two processes on loopback. The child is a real worker in the middle of a chain w
 computes nothing; this one plays its manager and its next worker with plain blocking sockets, so
 that as little as possible of what is measured is the measuring. A round trip ends when the last
 byte of the step is back here. The floor is the same bytes through a child that only receives and
-sends; `hop` is the difference, and `round trip` itself is what must stay below the limit.
+sends: what this machine asks for waking two processes, which changes severalfold with how deeply
+its cores sleep. `hop` is the difference, what the worker adds; it must stay below the limit.
 
 On a machine that is busy with something else this measures the something else: what runs in
-between empties the caches. `taskset -c 1 chrt -f 50 python bench/hop.py` (as root) keeps it away.
+between empties the caches. `taskset -c 1 python bench/hop.py` takes the cores' sleep out as well.
 """
 
 from __future__ import annotations
@@ -276,6 +277,7 @@ def main() -> None:
         return
     trips, num_in, num_out = measure_worker(args.hidden, args.steps)
     floor = measure_floor(num_in, num_out, args.steps)
+    hop_us = round(percentile(trips, 50) - percentile(floor, 50), 1)
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "hidden_size": args.hidden,
@@ -283,9 +285,9 @@ def main() -> None:
         "steps": args.steps,
         "round_trip_us": {"p50": percentile(trips, 50), "p95": percentile(trips, 95)},
         "floor_us": {"p50": percentile(floor, 50), "p95": percentile(floor, 95)},
-        "hop_us": {"p50": round(percentile(trips, 50) - percentile(floor, 50), 1)},
+        "hop_us": {"p50": hop_us},
         "limit_us": LIMIT_US,
-        "within_limit": percentile(trips, 50) <= LIMIT_US,
+        "within_limit": hop_us <= LIMIT_US,
     }
     if args.json:
         print(json.dumps(result))
@@ -309,7 +311,7 @@ def print_table(result: dict[str, object]) -> None:
         p95 = values.get("p95", "")
         print(f"{name:14}{values['p50']:>10}{p95:>10}")
     verdict = "within" if result["within_limit"] else "OVER"
-    print(f"round trip p50 is {verdict} the limit of {result['limit_us']} microseconds")
+    print(f"the hop's p50 is {verdict} the limit of {result['limit_us']} microseconds")
 
 
 if __name__ == "__main__":

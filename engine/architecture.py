@@ -81,7 +81,7 @@ class Architecture:
                 f"{self.name} cannot be split: it does not use transformers' attention interface"
             ) from exc
         except Exception as exc:  # whatever a model class raises on a config it cannot use
-            raise ModelUnfit(f"{self.name} cannot be built: {_first_line(exc)}") from exc
+            raise ModelUnfit(f"{self.name} cannot be built: {first_line(exc)}") from exc
         return model.eval()
 
 
@@ -100,7 +100,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     try:
         whole = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as exc:  # whatever a config class raises on bad values
-        raise ModelError(f"config.json of {where} cannot be used: {_first_line(exc)}") from exc
+        raise ModelError(f"config.json of {where} cannot be used: {first_line(exc)}") from exc
     config = whole.get_text_config()
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -205,6 +205,7 @@ def _first(config: Any, *fields: str) -> int | None:
     return None
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """What to quote of foreign code's error in a sentence of ours."""
     lines = str(exc).strip().splitlines()
     return lines[0] if lines else type(exc).__name__

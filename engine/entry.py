@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import attention
-from engine.architecture import DTYPES, find_layers, read_architecture
+from engine.architecture import DTYPES, find_layers, first_line, read_architecture
 from engine.checkpoint import Checkpoint
 from engine.outline import before_and_after, put_slots, run_to_first_layer, stub_unloaded
 from engine.rotary import by_length
@@ -49,10 +49,9 @@ class Entry:
         except (Error, MemoryError):
             raise
         except Exception as exc:  # whatever foreign model code raises when it is run in part
-            lines = str(exc).strip().splitlines() or [type(exc).__name__]
             raise ModelUnfit(
                 f"{architecture.name} cannot be split: what comes before its first layer "
-                f"does not run alone ({lines[0]})"
+                f"does not run alone ({first_line(exc)})"
             ) from exc
         self._plain = self._find_plain_embedding()
         self.tokenizer = _load_tokenizer(checkpoint)
@@ -158,8 +157,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as exc:  # whatever a tokenizer class raises on missing or bad files
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise ModelError(
-            f"the tokenizer of {checkpoint.name} cannot be loaded ({lines[0]}): "
+            f"the tokenizer of {checkpoint.name} cannot be loaded ({first_line(exc)}): "
             "the manager needs tokenizer.json beside config.json"
         ) from exc

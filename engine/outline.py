@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import attention
+from engine.architecture import first_line
 from engine.attention import StepContext
 from engine.slots import Conductor, LayerSlot, SectionDone
 from engine.weights import fill_buffers
@@ -89,10 +90,9 @@ def before_and_after(
     try:
         run_to_first_layer(model, conductor, torch.zeros(2, dtype=torch.int64), torch.arange(2))
     except Exception as exc:  # whatever foreign model code raises when it is run in part
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise ModelUnfit(
             f"{name} cannot be split: its forward pass does not reach its layers on token ids "
-            f"and positions alone ({lines[0]})"
+            f"and positions alone ({first_line(exc)})"
         ) from exc
     finally:
         for where, module in outer.items():

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from engine import attention
-from engine.architecture import DTYPES, Architecture, find_layers, read_architecture
+from engine.architecture import (
+    DTYPES,
+    Architecture,
+    find_layers,
+    first_line,
+    read_architecture,
+)
 from engine.attention import StageRun, StepContext, slots_of
 from engine.checkpoint import Checkpoint
 from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
@@ -258,10 +264,9 @@ def _make_stage(
     except (Error, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever foreign model code raises when it is run in part
-        lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise ModelUnfit(
             f"{architecture.name} cannot be split into layers {start}:{end}: its layers do not "
-            f"run on the hidden states of the layer before alone ({lines[0]})"
+            f"run on the hidden states of the layer before alone ({first_line(exc)})"
         ) from exc
     return stage
 
