@@ -171,11 +171,10 @@ class Checkpoint:
         parsed: dict[str, Any] | None = self._read_json(file, required=False)
         return parsed
 
-    def tokenizer_folder(self) -> Path:
-        """Where the tokenizer's files lie; those of a hub id are downloaded first."""
-        for file in _TOKENIZER_FILES:
-            self._source.locate(file)
-        return self.folder
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer's files lie, None if there are none; a hub id's are downloaded."""
+        found = [file for file in _TOKENIZER_FILES if self._source.locate(file) is not None]
+        return self.folder if found else None
 
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:

@@ -133,7 +133,7 @@ class Entry:
             said.update([value] if isinstance(value, int) else value or [])
             if said:
                 break
-        if self.tokenizer.eos_token_id is not None:
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             said.add(self.tokenizer.eos_token_id)
         return frozenset(said)
 
@@ -145,19 +145,22 @@ def load_entry(model: str | None, *, dtype: str = "auto") -> Entry:
         model: a folder, a hub id, or None for the demo model.
         dtype: as the workers say it ("float32", ...), or "auto".
     Raises:
-        ModelError: no checkpoint or tokenizer there, or one that cannot be split.
+        ModelError: no checkpoint there, or one that cannot be split.
     """
     return Entry(model, dtype)
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+def _load_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """The tokenizer; None where the checkpoint has none, which still runs on token ids."""
     from transformers import AutoTokenizer
 
     folder = checkpoint.tokenizer_folder()
+    if folder is None:
+        return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as exc:  # whatever a tokenizer class raises on missing or bad files
         raise ModelError(
             f"the tokenizer of {checkpoint.name} cannot be loaded ({first_line(exc)}): "
-            "the manager needs tokenizer.json beside config.json"
+            "fetch its files again"
         ) from exc

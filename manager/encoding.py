@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proto.errors import RequestRefused, UsageError
+from proto.errors import ModelError, RequestRefused, UsageError
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -31,7 +31,7 @@ class Prompt:
 class Encoder:
     """A model's tokenizer, for prompts."""
 
-    tokenizer: Any  # a transformers one
+    tokenizer: Any  # a transformers one; None where the model came without
     model_name: str
 
     def encode(self, text: str) -> Prompt:
@@ -39,9 +39,11 @@ class Encoder:
 
         Raises:
             RequestRefused: there is no text, or no token comes of it.
+            ModelError: the model came without a tokenizer.
         """
         if not text:
             raise RequestRefused("the prompt is empty: write at least one character.")
+        self._check_text_is_understood()
         ids = self._ids(text, add_special_tokens=True)
         if not ids:
             raise RequestRefused(f"the tokenizer makes no token of the prompt {text[:40]!r}.")
@@ -54,6 +56,7 @@ class Encoder:
             UsageError: the model has no chat template.
             RequestRefused: there is no message, or the template does not take these.
         """
+        self._check_text_is_understood()
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
                 f"the tokenizer of {self.model_name} has no chat template: "
@@ -71,6 +74,13 @@ class Encoder:
             ) from exc
         # The template writes the special tokens itself.
         return Prompt(self._ids(text, add_special_tokens=False))
+
+    def _check_text_is_understood(self) -> None:
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.model_name} has no tokenizer, so only token ids can be prompts: "
+                "put tokenizer.json and tokenizer_config.json beside its config.json"
+            )
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # Prompts may be longer than the tokenizer's own limit; whether one fits is said later,

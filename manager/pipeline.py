@@ -154,7 +154,7 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, a transformers one."""
+        """The model's tokenizer, a transformers one; None where the checkpoint has none."""
         return self._encoder.tokenizer
 
     @property

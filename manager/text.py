@@ -34,12 +34,20 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 class Vocabulary:
-    """What a tokenizer is asked over and over: text of ids, which ids are special, which bytes."""
+    """What a tokenizer is asked over and over: text of ids, which ids are special, which bytes.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.decode: Final = decoder(tokenizer)
-        self.special: Final = frozenset(int(i) for i in tokenizer.all_special_ids)
-        self.byte_ids: Final = frozenset(
+    Without a tokenizer every token's text is empty.
+    """
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        if tokenizer is None:
+            self.decode: Decode = lambda _: ""
+            self.special: frozenset[int] = frozenset()
+            self.byte_ids: frozenset[int] = frozenset()
+            return
+        self.decode = decoder(tokenizer)
+        self.special = frozenset(int(i) for i in tokenizer.all_special_ids)
+        self.byte_ids = frozenset(
             int(i) for text, i in tokenizer.get_vocab().items() if BYTE_TOKEN.match(text)
         )
 

@@ -54,7 +54,8 @@ workers=$(IFS=,; echo "${addresses[*]}")
 show "manager workers --workers $workers"
 manager workers --workers "$workers"
 
-show "manager generate --workers $workers --max-new-tokens $tokens '$prompt'"
-manager generate --workers "$workers" --max-new-tokens "$tokens" "$prompt"
+style=(--temperature 0.7 --top-p 0.9 --repetition-penalty 1.1 --seed 1) # greedy text of so small a model loops
+show "manager generate --workers $workers --max-new-tokens $tokens ${style[*]} '$prompt'"
+manager generate --workers "$workers" --max-new-tokens "$tokens" "${style[@]}" "$prompt"
 
 printf '\nBoth workers stop now. README.md says how to run them on two machines.\n'

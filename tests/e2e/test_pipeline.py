@@ -7,11 +7,13 @@ import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+import torch
 
 from manager.generation import GenerationOptions
 from manager.pipeline import Pipeline
 from proto.errors import ModelError, RequestRefused, SplitError, WorkerLost, WorkerUnreachable
 from tests.support.chains import VOCAB, sections_of
+from tests.support.models import save_tiny
 from tests.support.processes import WorkerProcess
 
 LENGTHS = (1, 2, 15, 16, 17, 40, 100, 200)
@@ -265,3 +267,15 @@ async def test_a_manager_waits_for_workers_that_are_loading(
             completion = await pipeline.generate([5, 6, 7], GenerationOptions(max_new_tokens=4))
     assert list(completion.token_ids) == tiny.greedy([5, 6, 7], 4)
     assert any("is still loading" in it for it in said)
+
+
+async def test_a_model_without_a_tokenizer_runs_on_token_ids_and_refuses_text(tmp_path, start):
+    model = save_tiny("llama", tmp_path)
+    workers = start(("--model", str(tmp_path), "--kv-memory", "16MB"))
+    async with await Pipeline.open(workers.addresses) as pipeline:
+        completion = await pipeline.generate([5, 6, 7], greedy(6))
+        with pytest.raises(ModelError, match=r"has no tokenizer, so only token ids can be prompts"):
+            await pipeline.generate("some text", greedy(6))
+    expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)
+    assert list(completion.token_ids) == expected[0, 3:].tolist()
+    assert completion.text == ""
