@@ -186,8 +186,10 @@ def _leave(exc: BaseException, *, debug: bool, origins: dict[str, str]) -> NoRet
         say(str(exc))
         sys.exit(exc.exit_code)
     if isinstance(exc, Interrupted):
+        from manager.event_loop import leave
+
         say(str(exc))
-        sys.exit(exc.exit_code)
+        leave(exc.exit_code)
     if isinstance(exc, (KeyboardInterrupt, click.Abort)):
         say("interrupted")
         sys.exit(EXIT_INTERRUPTED)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from manager.event_loop import in_background
 from manager.options import ConnectionConfig
 from manager.output import Notices
 from manager.spawn import SpawnConfig, SpawnedWorkers, SpawnProgress
@@ -64,7 +65,7 @@ async def _workers(
     started_s = time.monotonic()
     notices.show(f"starting {spawn.count} workers")
     # What the manager needs of torch loads meanwhile, in a thread.
-    imported = asyncio.ensure_future(asyncio.to_thread(import_module, "engine.entry"))
+    imported = asyncio.ensure_future(in_background(import_module, "engine.entry"))
     try:
         async with SpawnedWorkers(spawn, lambda it: _show(notices, it)) as workers:
             seconds = time.monotonic() - started_s

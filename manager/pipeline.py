@@ -24,6 +24,7 @@ from engine.requests import Stats
 from engine.scheduler import Scheduler
 from manager.dispatcher import Dispatcher, Trace
 from manager.encoding import Encoder, Message, Prompt
+from manager.event_loop import in_background
 from manager.generation import GREEDY, Completion, GenerationOptions, Piece
 from manager.links import WorkerLink
 from manager.sequences import ActiveSequence
@@ -130,9 +131,9 @@ class Pipeline:
         # No link is open meanwhile: importing torch can hold this process up for longer than a
         # worker waits for a sign of life.
         on_progress(f"loading the tokenizer of {facts.model}")
-        loaded = await asyncio.to_thread(_load, model, facts)
+        loaded = await in_background(_load, model, facts)
         if callable(max_tokens_hint):
-            max_tokens_hint = await asyncio.to_thread(max_tokens_hint, loaded.encoder)
+            max_tokens_hint = await in_background(max_tokens_hint, loaded.encoder)
         on_progress("connecting to the workers")
         chain = await open_chain(workers, secret=secret)
         try:

@@ -118,6 +118,20 @@ def test_an_interruption_while_workers_start_leaves_none_behind():
     assert not any(worker.is_running() for worker in started)
 
 
+def test_an_interruption_is_heard_while_torch_is_being_imported(workers, tmp_path):
+    """From an SD card that takes a minute; here it takes for ever."""
+    os.mkfifo(tmp_path / "never")
+    (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'never')!r}).read()")
+    running = start_manager(
+        "generate", "fox", "--workers", workers.option, env={"PYTHONPATH": str(tmp_path)}
+    )
+    with open(tmp_path / "never", "w"):  # returns as soon as the import reads it
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert one_line(stderr.decode()) == "manager: interrupted"
+
+
 def test_a_worker_that_dies_on_the_way_leaves_the_text_so_far(tiny, start):
     chain = start(*sections_of(tiny.folder, 2))
     running = start_manager(

@@ -106,7 +106,7 @@ def manager(
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def start_manager(*words: str) -> subprocess.Popen[bytes]:
+def start_manager(*words: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start the command and leave it running."""
     return subprocess.Popen(
         [sys.executable, "-m", "manager", *words],
@@ -114,5 +114,5 @@ def start_manager(*words: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT / "tests",
-        env=clean_environment(),
+        env=clean_environment(env),
     )
