@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from engine import attention
-from engine.architecture import DTYPES, find_layers, first_line, read_architecture
+from engine.architecture import (
+    DTYPES,
+    Architecture,
+    find_layers,
+    first_line,
+    read_architecture,
+)
 from engine.checkpoint import Checkpoint
 from engine.outline import before_and_after, put_slots, run_to_first_layer, stub_unloaded
 from engine.rotary import by_length
@@ -45,7 +51,7 @@ class Entry:
         self._model = architecture.build(self.dtype, attention.ATTENTION_NAME)
         self._conductor = Conductor(0, 0, architecture.num_layers)
         try:
-            self._load()
+            self._load(architecture)
         except (Error, MemoryError):
             raise
         except Exception as exc:  # whatever foreign model code raises when it is run in part
@@ -82,12 +88,11 @@ class Entry:
         limit = self._dynamic_rope_from
         return prompt_tokens if limit is not None and prompt_tokens > limit else 0
 
-    def _load(self) -> None:
+    def _load(self, architecture: Architecture) -> None:
         """Map the weights of what runs before the first layer, and nothing else."""
-        checkpoint, model = self.checkpoint, self._model
-        architecture = read_architecture(checkpoint)
+        model = self._model
         path, layers = find_layers(model, architecture)
-        plan = WeightPlan(model, architecture, checkpoint, mapped=True)
+        plan = WeightPlan(model, architecture, self.checkpoint, mapped=True)
         before, _ = before_and_after(model, path, layers, architecture.name)
         put_slots(model, path, layers, self._conductor)
         plan.load(lambda name: name.rpartition(".")[0] in before, torch.device("cpu"), None)

@@ -399,7 +399,7 @@ async def _open_loaded_chain(
         except WorkerLoading as loading:
             if str(loading) != said:
                 said, give_up_s = str(loading), time.monotonic() + LOADING_STALLS_S
-                on_progress(said.partition(" refused: ")[2] or said)
+                on_progress(said)
             if time.monotonic() > give_up_s:
                 raise
             await asyncio.sleep(LOADING_POLL_S)

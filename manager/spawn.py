@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Final
 
 from proto.address import Address, parse_address
+from proto.cores import cores_each
 from proto.errors import Error, UsageError
 
 MAX_SPAWNED: Final = 64
@@ -162,7 +163,7 @@ def command(config: SpawnConfig, index: int) -> list[str]:
     words = [sys.executable, "-m", "worker"]
     words += ["--sections", str(config.count), "--index", str(index)]
     words += ["--listen", "127.0.0.1:0", "--log-format", "json", "--dtype", config.dtype]
-    words += ["--threads", str(config.threads or threads_each(config.count))]
+    words += ["--threads", str(config.threads or cores_each(config.count))]
     if config.model is not None:
         words += ["--model", config.model]
     if config.kv_memory is not None:
@@ -186,15 +187,6 @@ def environment(environ: Mapping[str, str], settings_file: str) -> dict[str, str
     package_root = str(Path(__file__).resolve().parent.parent)
     paths = [package_root, *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "COMBOIO_CONFIG": settings_file}
-
-
-def threads_each(count: int) -> int:
-    """This process's share of the cores, divided."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // count)
 
 
 class _Worker:

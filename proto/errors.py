@@ -93,9 +93,9 @@ class PeerLost(Error):
 class WorkerLoading(WorkerRefused):
     """A worker that is still reading its weights; it will take links when it has them."""
 
-    def __init__(self, sentence: str, percent: int) -> None:
-        self.percent = percent
-        super().__init__(sentence)
+    def __init__(self, worker: str, percent: int) -> None:
+        self.worker, self.percent = worker, percent
+        super().__init__(f"worker {worker} is still loading ({percent} %)")
 
 
 class WorkerLost(PeerLost):

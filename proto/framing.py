@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 from zlib import crc32
 
 from proto import codec
@@ -121,6 +121,29 @@ def _check_outgoing(
 # --- in --------------------------------------------------------------------------------------
 
 
+class TakesBytes(Protocol):
+    """Whatever is handed its bytes through a buffer of its own: a reader, a session."""
+
+    def get_buffer(self) -> memoryview: ...
+
+    def advance(self, num_bytes: int) -> Frame | None: ...
+
+
+def feed(taker: TakesBytes, data: Buffer) -> list[Frame]:
+    """Hand `data` over, with one copy; returns the frames that it completes."""
+    frames = []
+    rest = memoryview(data)
+    while rest:
+        space = taker.get_buffer()
+        taken = min(len(space), len(rest))
+        space[:taken] = rest[:taken]
+        rest = rest[taken:]
+        frame = taker.advance(taken)
+        if frame is not None:
+            frames.append(frame)
+    return frames
+
+
 class FrameReader:
     """Collects frames from a stream of bytes; after an error it is not used again."""
 
@@ -162,17 +185,7 @@ class FrameReader:
 
     def receive(self, data: Buffer) -> list[Frame]:
         """All frames that `data` completes, by the same path with one copy."""
-        frames = []
-        rest = memoryview(data)
-        while rest:
-            space = self.get_buffer()
-            taken = min(len(space), len(rest))
-            space[:taken] = rest[:taken]
-            rest = rest[taken:]
-            frame = self.advance(taken)
-            if frame is not None:
-                frames.append(frame)
-        return frames
+        return feed(self, data)
 
     @property
     def mid_frame(self) -> bool:

@@ -379,11 +379,11 @@ class Link(asyncio.BufferedProtocol):
             self._deliver(frame)  # an answer like any other
         else:
             refused = cast(Refused, frame.message)
-            sentence = f"worker {self.peer} refused: {_printable(refused.reason)}"
-            if refused.loading_percent is None:
-                self._leave(WorkerRefused(sentence))
+            if refused.loading_percent is not None:
+                self._leave(WorkerLoading(self.peer, refused.loading_percent))
             else:
-                self._leave(WorkerLoading(sentence, refused.loading_percent))
+                reason = _printable(refused.reason)
+                self._leave(WorkerRefused(f"worker {self.peer} refused: {reason}"))
 
     _OWN: Final = {
         Ping: _ping_came,

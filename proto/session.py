@@ -24,6 +24,7 @@ from proto.framing import (
     FrameReader,
     Limits,
     encode_frame,
+    feed,
 )
 from proto.messages import (
     MAX_REASON_CHARS,
@@ -202,17 +203,7 @@ class Session:
 
     def receive(self, data: Buffer) -> list[Frame]:
         """All frames that `data` completes, by the same path with one copy."""
-        frames = []
-        rest = memoryview(data)
-        while rest:
-            space = self.get_buffer()
-            taken = min(len(space), len(rest))
-            space[:taken] = rest[:taken]
-            rest = rest[taken:]
-            frame = self.advance(taken)
-            if frame is not None:
-                frames.append(frame)
-        return frames
+        return feed(self, data)
 
     def receive_eof(self) -> None:
         """The peer sends nothing more; raises RemoteProtocolError unless that was announced."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Final, NoReturn
 
@@ -18,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from proto.address import Address
+from proto.cores import cores_each
 from proto.errors import Error, UsageError
 from proto.secret import read_secret_file
 from proto.settings import (
@@ -221,7 +223,16 @@ def worker(
         secret=None if secret_file is None else read_secret_file(secret_file),
         insecure=insecure,
     )
-    return Invocation(config=config, log_level=log_level, log_format=log_format)
+    return Invocation(
+        config=with_threads(config, os.environ), log_level=log_level, log_format=log_format
+    )
+
+
+def with_threads(config: WorkerConfig, environ: Mapping[str, str]) -> WorkerConfig:
+    """The same, with this worker's share of the cores where nobody has set a number."""
+    if config.threads or config.workers_here == 1 or environ.get("OMP_NUM_THREADS"):
+        return config
+    return replace(config, threads=cores_each(config.workers_here))
 
 
 def _is_typed(context: click.Context, name: str) -> bool:

@@ -35,7 +35,7 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"
-    threads: int | None = None  # None: this worker's share of the cores
+    threads: int | None = None  # None: torch's own choice
     kv_memory_bytes: int | None = None  # None: a share of what is free
     secret: bytes | None = None
     insecure: bool = False

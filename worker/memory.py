@@ -6,7 +6,6 @@ model: the size of a block comes from the caller.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +31,6 @@ class Gpu:
 
     memory_bytes: int
     busy: float | None
-
-
-def default_threads(workers_here: int) -> int | None:
-    """Threads for torch when nobody said how many: the cores, divided.
-
-    Workers that each take all cores wait for one another at every matrix product, many times
-    longer than they compute. None (torch's own choice) where the environment has set a number.
-    """
-    if workers_here == 1 or os.environ.get("OMP_NUM_THREADS"):
-        return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // workers_here)
 
 
 def count_kv_blocks(

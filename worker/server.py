@@ -28,12 +28,7 @@ from worker.compute import Compute
 from worker.config import WorkerConfig, is_loopback
 from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
-from worker.memory import (
-    count_kv_blocks,
-    default_threads,
-    free_cpu_bytes,
-    is_out_of_memory,
-)
+from worker.memory import count_kv_blocks, free_cpu_bytes, is_out_of_memory
 
 if TYPE_CHECKING:
     from engine.stage import Stage
@@ -195,8 +190,7 @@ class Server:
 
     def _welcome(self, hello: Hello) -> Welcome:
         if self._service is None:
-            percent = self._loading.percent
-            raise WorkerLoading(f"worker {self._listen} is still loading ({percent} %)", percent)
+            raise WorkerLoading(self._listen, self._loading.percent)
         if hello.role is Role.NEIGHBOUR:
             self._service.check_neighbour(hello.lease)
         return Welcome(version=PROTOCOL_VERSION, agent=_agent(), worker=self._service.facts)
@@ -234,7 +228,7 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
             index=config.index,
             dtype=config.dtype,
             device=config.device,
-            threads=config.threads or default_threads(config.workers_here),
+            threads=config.threads,
             progress=loading.update,
         )
     except Error:

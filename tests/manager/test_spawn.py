@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from manager.spawn import SpawnConfig, SpawnedWorkers, environment, threads_each
+from manager.spawn import SpawnConfig, SpawnedWorkers, environment
 from proto.errors import Error, UsageError
 from tests.support.processes import ROOT, clean_environment
 
@@ -19,11 +18,6 @@ from tests.support.processes import ROOT, clean_environment
 def test_a_number_of_workers_that_makes_no_sense_is_refused(count):
     with pytest.raises(UsageError, match=str(count)):
         SpawnConfig(count=count)
-
-
-def test_the_cores_are_divided_and_nobody_gets_none():
-    assert threads_each(1) == len(os.sched_getaffinity(0))
-    assert threads_each(1000) == 1
 
 
 def test_settings_for_workers_that_people_start_are_kept_from_spawned_ones():

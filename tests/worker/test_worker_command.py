@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -53,6 +54,23 @@ def config_of(*args: str) -> WorkerConfig:
     invocation = cli._parse(list(args))
     assert isinstance(invocation, cli.Invocation)
     return invocation.config
+
+
+# --- workers that share a machine ------------------------------------------------------------
+
+
+def test_workers_that_only_this_machine_reaches_divide_its_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    here = ("--sections", "2", "--index", "0")
+    assert config_of(*here).threads == share
+    assert config_of(*here, "--threads", "7").threads == 7
+    assert config_of().threads is None  # the whole model, alone: torch's own choice
+    assert config_of(*here, "--listen", "192.0.2.1:7710", "--insecure").threads is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert config_of(*here).threads is None
 
 
 # --- help, and what torch costs --------------------------------------------------------------
@@ -249,9 +267,8 @@ def test_the_ready_line_says_who_holds_what_and_bytes_held_are_bytes_read(
 
 
 async def test_while_it_loads_a_manager_is_refused_with_how_far_it_is(checkpoint: Path) -> None:
-    with WorkerProcess(
-        "--model", str(checkpoint), "--layers", "1:3", "--log-format", "json", wait=False
-    ) as worker:
+    arguments = ("--model", checkpoint.name, "--layers", "1:3", "--log-format", "json")
+    with WorkerProcess(*arguments, cwd=checkpoint.parent, wait=False) as worker:
         listening = await asyncio.to_thread(worker.wait_for_stderr, "listening")
         address = json.loads(listening)["address"]
         with pytest.raises(WorkerRefused, match=r"is still loading \(\d+ %\)"):

@@ -76,6 +76,11 @@ def test_without_a_size_kv_gets_a_share_of_what_is_free() -> None:
     assert peak_rss_bytes() > 10**6
 
 
+def test_workers_on_one_machine_divide_that_share_but_not_what_was_asked_for() -> None:
+    assert count_kv_blocks(None, 2**20, "cpu", 8) < count_kv_blocks(None, 2**20, "cpu")
+    assert count_kv_blocks(1000, 100, "cpu", 2) == 10
+
+
 def test_every_way_to_run_out_of_memory_is_known() -> None:
     class OutOfMemoryError(RuntimeError):
         """As torch's is called."""
