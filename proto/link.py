@@ -75,6 +75,7 @@ async def connect(
             check(link.welcome)
     except Error as exc:
         link.fail(exc)
+        await link.wait_closed()  # soon, or when the link has lingered: no socket is left behind
         raise
     except BaseException:
         link.close_soon("the opener gave up")

@@ -6,6 +6,7 @@ reset instead; only Linux has that.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ def measured(script: str, *args: object) -> list[int]:
     result = subprocess.run(
         [sys.executable, "-c", _PRELUDE + script, *map(str, args)],
         cwd=ROOT,
+        # Left to itself, glibc keeps freed memory back, more or less of it from run to run.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=True,
