@@ -12,13 +12,17 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from engine.copying import unreadable
+from engine.staged_copy import StagedCopy, read_marker
 from proto.errors import ModelError
 
 DEMO_MODEL: Final = Path(__file__).parent / "demo"
@@ -39,6 +43,8 @@ _TOKENIZER_FILES: Final = (
     "spiece.model",
     "tekken.json",
 )
+# What a copy of a checkpoint needs beside tensors to be a checkpoint.
+SIDE_FILES: Final = ("config.json", _INDEX, "generation_config.json", *_TOKENIZER_FILES)
 # The safetensors format allows headers up to 100 MB; no JSON beside a model comes near that.
 _MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_JSON_BYTES: Final = 64 * 2**20
@@ -87,6 +93,8 @@ class Checkpoint:
         self.model = model
         self._source: _Folder | _Hub = _find(model)
         self.name = self._source.name
+        # Where tensors are read from; a folder may be such a copy itself, and have holes.
+        self._copy = read_marker(self._source.folder)
         self.config_json = self._read_json("config.json", required=True)
         index = self._read_json(_INDEX, required=False)
         self._headers: dict[str, dict[str, TensorEntry]] = {}
@@ -108,6 +116,15 @@ class Checkpoint:
         """Where config and tokenizer files lie."""
         return self._source.folder
 
+    @contextmanager
+    def reading_from(self, copy: StagedCopy) -> Iterator[None]:
+        """Read tensors from a copy of this checkpoint, and no other tensors than it has."""
+        before, self._copy = self._copy, copy
+        try:
+            yield
+        finally:
+            self._copy = before
+
     def __iter__(self) -> Iterator[str]:
         """Names of all tensors, also of those in files that are not here."""
         return iter(self._files)
@@ -116,33 +133,61 @@ class Checkpoint:
         return key in self._files
 
     def entry(self, key: str) -> TensorEntry:
-        """Where a tensor lies; reads (or downloads) the file's header if it was not yet."""
+        """Where a tensor lies; reads (or downloads) the file's header if it was not yet.
+
+        Raises:
+            ModelError: the file does not have it, or a copy of a slice has a hole there.
+        """
         file = self._files[key]
         try:
-            return self._header(file)[key]
+            entry = self._header(file)[key]
         except KeyError:
             raise ModelError(
                 f"{self._source.describe(file)} does not hold tensor {key!r}, "
                 f"though {_INDEX} says so: the checkpoint is damaged, fetch it again"
             ) from None
+        copy = self._copy
+        if copy is not None and not copy.holds(file, entry.offset, entry.offset + entry.num_bytes):
+            raise ModelError(
+                f"{copy.folder} is a copy of layers {copy.layers[0]}:{copy.layers[1]} of "
+                f"{copy.name}, without tensor {key!r}: point --model at the whole checkpoint"
+            )
+        return entry
+
+    def locate(self, file: str) -> Path:
+        """A file of the checkpoint itself, no copy's; a hub id's is downloaded.
+
+        Raises:
+            ModelError: it is not there.
+        """
+        path = self._source.locate(file)
+        if path is None:
+            raise ModelError(
+                f"{self._source.describe(file)} is missing, and this section needs tensors of it: "
+                "fetch it, or point --model at a complete checkpoint"
+            )
+        return path
 
     def read(self, key: str, progress: Progress | None = None) -> Tensor:
         """Read one tensor from disk, and nothing else.
 
         Raises:
-            ModelError: the file ends before the tensor does; names both.
+            ModelError: the file cannot be read, or ends before the tensor does; names both.
         """
         entry = self.entry(key)
         data = torch.empty(entry.num_bytes, dtype=torch.uint8)
         view = data.numpy().data
-        path = self._path(entry.file)
+        path = self._data(entry.file)
         done = 0
-        with path.open("rb", buffering=0) as file:
+        with _opened(path) as file:
             file.seek(entry.offset)
             while done < entry.num_bytes:
-                count = file.readinto(view[done : done + _READ_BYTES])
+                try:
+                    count = file.readinto(view[done : done + _READ_BYTES])
+                except OSError as exc:
+                    raise unreadable(path, exc) from exc
                 if not count:
-                    raise _truncated(path, key, entry, os.fstat(file.fileno()).st_size)
+                    raise truncated(path, key, entry, os.fstat(file.fileno()).st_size)
                 done += count
                 if progress is not None:
                     progress(count)
@@ -156,11 +201,11 @@ class Checkpoint:
             ModelError: the file ends before the tensor does; names both.
         """
         entry = self.entry(key)
-        path = self._path(entry.file)
-        with path.open("rb") as file:
+        path = self._data(entry.file)
+        with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if entry.offset + entry.num_bytes > size:
-                raise _truncated(path, key, entry, size)
+                raise truncated(path, key, entry, size)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = entry.num_bytes // entry.dtype.itemsize
         flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.offset)
@@ -178,17 +223,11 @@ class Checkpoint:
 
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:
-            self._headers[file] = _read_header(self._path(file), file)
+            self._headers[file] = _read_header(self.locate(file), file)
         return self._headers[file]
 
-    def _path(self, file: str) -> Path:
-        path = self._source.locate(file)
-        if path is None:
-            raise ModelError(
-                f"{self._source.describe(file)} is missing, and this section needs tensors of it: "
-                "fetch it, or point --model at a complete checkpoint"
-            )
-        return path
+    def _data(self, file: str) -> Path:
+        return self.locate(file) if self._copy is None else self._copy.folder / file
 
     def _read_json(self, file: str, *, required: bool) -> Any:
         path = self._source.locate(file)
@@ -203,7 +242,7 @@ class Checkpoint:
         except (ValueError, RecursionError) as exc:
             raise ModelError(f"{path} is not valid JSON ({exc}): fetch it again") from exc
         except OSError as exc:
-            raise ModelError(f"{path} cannot be read: {exc.strerror}") from exc
+            raise unreadable(path, exc) from exc
         if not isinstance(parsed, dict):
             raise ModelError(f"{path} holds no JSON object: fetch it again")
         return parsed
@@ -310,7 +349,8 @@ def _find(model: str | None) -> _Folder | _Hub:
     return _Hub(model)
 
 
-def _truncated(path: Path, key: str, entry: TensorEntry, size: int) -> ModelError:
+def truncated(path: Path, key: str, entry: TensorEntry, size: int) -> ModelError:
+    """What to say of a file that ends before one of its tensors does."""
     return ModelError(
         f"{path} is truncated: tensor {key!r} needs bytes {entry.offset} to "
         f"{entry.offset + entry.num_bytes}, the file has {size}; fetch it again"
@@ -348,22 +388,40 @@ def _read_header(path: Path, file: str) -> dict[str, TensorEntry]:
     Format: 8 bytes little-endian header length, JSON header, data
     (https://github.com/huggingface/safetensors#format).
     """
-    size = path.stat().st_size
-    with path.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise ModelError(
-                f"{path} is not a safetensors file, or is truncated in its header: "
-                f"{size} bytes, a header of {length} announced; fetch it again"
-            )
-        try:
-            header = json.loads(opened.read(length))
-        except (ValueError, RecursionError) as exc:
-            raise ModelError(f"{path} has a damaged header ({exc}): fetch it again") from exc
+    try:
+        size, length, text = _read_start(path)
+    except OSError as exc:
+        raise unreadable(path, exc) from exc
+    if text is None:
+        raise ModelError(
+            f"{path} is not a safetensors file, or is truncated in its header: "
+            f"{size} bytes, a header of {length} announced; fetch it again"
+        )
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise ModelError(f"{path} has a damaged header ({exc}): fetch it again") from exc
     if not isinstance(header, dict):
         raise ModelError(f"{path} has a damaged header (no JSON object): fetch it again")
     header.pop("__metadata__", None)
     return {key: _entry(path, file, key, said, 8 + length) for key, said in header.items()}
+
+
+def _read_start(path: Path) -> tuple[int, int, bytes | None]:
+    """A file's size, its header's length, and the header if the file is long enough for it."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            return size, length, None
+        return size, length, file.read(length)
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as exc:
+        raise unreadable(path, exc) from exc
 
 
 def _entry(path: Path, file: str, key: str, said: Any, data_start: int) -> TensorEntry:

@@ -9,7 +9,8 @@ beyond the step at hand.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from engine.plan import plan_section
 from engine.rotary import by_length
 from engine.selfcheck import check_stage
 from engine.slots import Conductor, SectionDone
+from engine.staging import Staging
 from engine.weights import WeightPlan, fill_buffers
 from proto.errors import Error, ModelUnfit, UsageError
 
@@ -193,6 +195,7 @@ def load_stage(
     device: str = "auto",
     threads: int | None = None,
     progress: LoadProgress | None = None,
+    staging: Staging | None = None,
 ) -> Stage:
     """Load one section of a checkpoint, reading only that section's tensors.
 
@@ -205,6 +208,7 @@ def load_stage(
         device: "auto", "cpu", "cuda", "cuda:K".
         threads: torch's threads; None leaves torch's own choice.
         progress: called with (bytes read, bytes to read).
+        staging: where the section's bytes are copied to first, to be read from there.
     Raises:
         ModelError: no checkpoint there, a damaged one, or one that cannot be split.
         SplitError: no such section.
@@ -217,7 +221,14 @@ def load_stage(
     where = choose_device(device)
     attention.register()
     make = partial(
-        _make_stage, checkpoint, architecture, chosen, where, (layers, sections, index), progress
+        _make_stage,
+        checkpoint,
+        architecture,
+        chosen,
+        where,
+        (layers, sections, index),
+        progress,
+        staging,
     )
     try:
         return make(feeds_token_ids=False)
@@ -237,6 +248,7 @@ def _make_stage(
     device: torch.device,
     asked: tuple[tuple[int, int] | None, int | None, int | None],
     progress: LoadProgress | None,
+    staging: Staging | None,
     *,
     feeds_token_ids: bool,
 ) -> Stage:
@@ -247,7 +259,7 @@ def _make_stage(
     conductor = Conductor(start, end, architecture.num_layers)
     try:
         held = _load_section(
-            model, architecture, checkpoint, conductor, device, progress, feeds_token_ids
+            model, architecture, checkpoint, conductor, device, progress, staging, feeds_token_ids
         )
         by_length(model)
         stage = Stage(
@@ -278,6 +290,7 @@ def _load_section(
     conductor: Conductor,
     device: torch.device,
     progress: LoadProgress | None,
+    staging: Staging | None,
     feeds_token_ids: bool,
 ) -> int:
     """Bring the section's weights in and put slots and stand-ins where the rest was."""
@@ -301,11 +314,20 @@ def _load_section(
         if progress is not None:
             progress(done, max(total, done))
 
-    held = plan.load(wanted, device, count)
+    section = (conductor.start, conductor.end)
+    with _at_hand(checkpoint, plan.sources(wanted), section, staging):
+        held = plan.load(wanted, device, count)
     put_slots(model, path, layers, conductor)
     stub_unloaded(model, device)
     fill_buffers(model, device)
     return held
+
+
+def _at_hand(
+    checkpoint: Checkpoint, keys: Iterable[str], layers: tuple[int, int], staging: Staging | None
+) -> AbstractContextManager[None]:
+    """While this is open, the checkpoint's tensors are read from where they are read best."""
+    return nullcontext() if staging is None else staging.copy_of(checkpoint, keys, layers)
 
 
 def choose_dtype(dtype: str, architecture: Architecture) -> torch.dtype:

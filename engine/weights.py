@@ -79,7 +79,8 @@ class WeightPlan:
 
     def sources(self, wanted: Wanted) -> list[str]:
         """The checkpoint keys that the wanted parameters are made of."""
-        return [key for target in self._targets(wanted) for _, key in self._steps[target][1]]
+        twins = [twin for _, twin in self._tied_targets(wanted)]
+        return [key for it in [*self._targets(wanted), *twins] for _, key in self._steps[it][1]]
 
     def source_bytes(self, wanted: Wanted) -> int:
         """How many bytes loading the wanted parameters will read."""
@@ -96,9 +97,10 @@ class WeightPlan:
             for name, value in self._made(target, progress).items():
                 if wanted(name) or name == target:
                     held += self._assign(name, value, device)
-        for name, source in self._tied.items():
-            if wanted(name) and self._is_meta(name):
-                held += self._load_tied(name, source, device, progress)
+        for name, twin in self._tied_targets(wanted):
+            if self._is_meta(name):
+                (value,) = self._made(twin, progress, like=name).values()
+                held += self._assign(name, value, device)
         missing = [name for name in self._shapes if wanted(name) and self._is_meta(name)]
         if missing:
             raise ModelError(
@@ -110,14 +112,16 @@ class WeightPlan:
     def _targets(self, wanted: Wanted) -> list[str]:
         return [target for target in self._steps if wanted(target)]
 
-    def _load_tied(
-        self, name: str, source: str, device: torch.device, progress: Progress | None
-    ) -> int:
-        """An lm_head that is the embedding matrix, where only the matrix is stored."""
-        if source not in self._steps:
-            return 0
-        (value,) = self._made(source, progress, like=name).values()
-        return self._assign(name, value, device)
+    def _tied_targets(self, wanted: Wanted) -> list[tuple[str, str]]:
+        """Wanted parameters that are stored under another's name: (parameter, that other one).
+
+        An lm_head that is the embedding matrix, say, where only the matrix is stored.
+        """
+        return [
+            (name, twin)
+            for name, twin in self._tied.items()
+            if wanted(name) and name not in self._steps and twin in self._steps
+        ]
 
     def _made(
         self, target: str, progress: Progress | None, like: str | None = None

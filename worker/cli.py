@@ -40,6 +40,7 @@ from worker.config import (
     parse_kv_memory,
     parse_layers,
     parse_listen,
+    parse_stage_to,
 )
 
 # What only makes sense typed by a person at the moment.
@@ -148,6 +149,12 @@ def _version() -> str:
     "divided by the sections where --listen is on this machine.",
 )
 @click.option(
+    "--stage-to",
+    metavar="DIR",
+    help="Copy this section's bytes of the model, and no others, to DIR on a disk of this machine, "
+    "and load from there: for a slow shared file system. A copy that is there is used again.",
+)
+@click.option(
     "--kv-memory",
     metavar="SIZE",
     help="Memory for keys and values, as 512MB or 1.5GiB. "
@@ -181,6 +188,7 @@ def worker(
     dtype: str,
     quantize: str,
     threads: int | None,
+    stage_to: str | None,
     kv_memory: str | None,
     secret_file: str | None,
     insecure: bool,
@@ -219,6 +227,7 @@ def worker(
         dtype=dtype,
         quantize=quantize,
         threads=threads,
+        stage_to=None if stage_to is None else parse_stage_to(stage_to),
         kv_memory_bytes=None if kv_memory is None else parse_kv_memory(kv_memory),
         secret=None if secret_file is None else read_secret_file(secret_file),
         insecure=insecure,

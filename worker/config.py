@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from proto.address import Address, parse_address
@@ -36,6 +37,7 @@ class WorkerConfig:
     dtype: str = "auto"
     quantize: str = "none"
     threads: int | None = None  # None: torch's own choice
+    stage_to: Path | None = None  # folder that the section's bytes are copied to first
     kv_memory_bytes: int | None = None  # None: a share of what is free
     secret: bytes | None = None
     insecure: bool = False
@@ -125,6 +127,13 @@ def parse_layers(text: str) -> tuple[int, int]:
     if not colon or not (start.strip().isdecimal() and end.strip().isdecimal()):
         raise UsageError(f"--layers {text!r} is not A:B, a half-open range of layers as in 0:12.")
     return int(start), int(end)
+
+
+def parse_stage_to(text: str) -> Path:
+    """Read the DIR of --stage-to."""
+    if not text.strip():
+        raise UsageError("--stage-to '' names no folder: give one on a disk of this machine.")
+    return Path(text).expanduser()
 
 
 def parse_kv_memory(text: str) -> int:

@@ -1,6 +1,6 @@
 """How much memory this process may take, and what it takes already.
 
-Knows the machine, the control group around the process (Slurm, containers) and the GPU. Knows no
+Knows the process and its GPU; what is free of the machine stands in `proto.free_memory`. Knows no
 model: the size of a block comes from the caller.
 """
 
@@ -14,6 +14,7 @@ from typing import Final
 import psutil
 
 from proto.errors import UsageError
+from proto.free_memory import free_cpu_bytes
 
 # Without --kv-memory: a share that leaves room for activations and for other programs of a small
 # board. Workers of one chain on one machine divide it.
@@ -21,8 +22,6 @@ CPU_SHARE: Final = 0.4
 CPU_LIMIT_BYTES: Final = 8 * 2**30
 GPU_SHARE: Final = 0.7
 MAX_BLOCKS: Final = 2**31 - 1  # block tables are int32
-
-_CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +63,6 @@ def default_kv_bytes(device_name: str) -> int:
     return min(int(free_cpu_bytes() * CPU_SHARE), CPU_LIMIT_BYTES)
 
 
-def free_cpu_bytes() -> int:
-    """What can still be allocated: the machine's free memory, or the control group's if less."""
-    free = int(psutil.virtual_memory().available)
-    for folder in _cgroup_folders():
-        limit, used = _read_int(folder / "memory.max"), _read_int(folder / "memory.current")
-        if limit is not None and used is not None:
-            free = min(free, max(limit - used + _page_cache_bytes(folder), 0))
-    return free
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, in Python, in torch's CPU allocator or on the GPU."""
     is_named = type(error).__name__ == "OutOfMemoryError"  # torch's own, without importing it
@@ -111,33 +100,3 @@ def gpu(device_name: str) -> Gpu | None:
 def _torch_device(device_name: str) -> str:
     """ "cuda:0" of "cuda:0 NVIDIA H200"."""
     return device_name.partition(" ")[0]
-
-
-def _cgroup_folders() -> list[Path]:
-    """This process's control group and those above it, where limits may stand (version 2)."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        if line.startswith("0::/"):
-            group = _CGROUP / line.removeprefix("0::/")
-            return [group, *(p for p in group.parents if p.is_relative_to(_CGROUP))]
-    return []
-
-
-def _page_cache_bytes(folder: Path) -> int:
-    """What the group is charged for files read before, and gives back when it is needed."""
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Final
 from proto.address import Address, parse_address
 from proto.errors import Error, WorkerLoading
 from proto.framing import MAX_PAYLOAD_BYTES
+from proto.free_memory import free_cpu_bytes
 from proto.link import Link, Listener, connect, listen
 from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome, WorkerFacts
 from worker.compute import Compute
 from worker.config import WorkerConfig, is_loopback
 from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
-from worker.memory import count_kv_blocks, free_cpu_bytes, is_out_of_memory
+from worker.memory import count_kv_blocks, is_out_of_memory
 
 if TYPE_CHECKING:
     from engine.stage import Stage
@@ -218,6 +219,10 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
     Raises:
         Error: there is no such section, or it does not fit.
     """
+    from engine.staging import Staging
+
+    # Made before torch is imported: a folder that cannot be had is refused at once.
+    staging = None if config.stage_to is None else Staging(config.stage_to, loading)
     from engine.stage import load_stage
 
     try:
@@ -230,6 +235,7 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
             device=config.device,
             threads=config.threads,
             progress=loading.update,
+            staging=staging,
         )
     except Error:
         raise

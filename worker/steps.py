@@ -18,8 +18,9 @@ from engine.sampling import draw
 from engine.stage import StageRun
 from proto.codec import StepPayload, step_payload
 from proto.errors import Error, StepFailed
+from proto.free_memory import free_cpu_bytes
 from proto.messages import MAX_REASON_CHARS, Drawn, Fault, Run, Sampling, Step
-from worker.memory import free_cpu_bytes, is_out_of_memory
+from worker.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

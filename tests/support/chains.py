@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.models import save_tiny
-from tests.support.processes import ROOT, WorkerProcess, clean_environment
+from tests.support.processes import ROOT, Answer, WorkerProcess, clean_environment
 from tests.support.tokenizers import save_tokenizer
 
 VOCAB = 300
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a command ended and what it said."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @dataclass(frozen=True)

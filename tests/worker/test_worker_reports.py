@@ -8,9 +8,10 @@ import logging
 import pytest
 
 from proto.errors import UsageError
+from proto.free_memory import free_cpu_bytes
 from worker import logs
 from worker.loading import Loading, LoadingAborted
-from worker.memory import count_kv_blocks, free_cpu_bytes, is_out_of_memory, peak_rss_bytes
+from worker.memory import count_kv_blocks, is_out_of_memory, peak_rss_bytes
 
 
 def record(**values: object) -> logging.LogRecord:
