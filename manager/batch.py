@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
@@ -20,14 +20,17 @@ from manager.batch_run import longest, run_rows
 from manager.cli import Interrupted
 from manager.generation import GenerationOptions
 from manager.metrics import summary
-from manager.options import ConnectionConfig, connection_options, sampling_options
+from manager.options import (
+    LLAMA_SERVER,
+    ConnectionConfig,
+    connection_options,
+    is_typed,
+    sampling_options,
+)
 from manager.output import Notices
 from manager.prompts import PLAIN, Row, Template, read_prompts
 from manager.results import Results, open_results
 from proto.errors import Error, UsageError
-
-if TYPE_CHECKING:
-    from manager.pipeline import Pipeline
 
 DEFAULT_BATCH_SIZE: Final = 16
 DEFAULT_NEW_TOKENS: Final = 64
@@ -164,26 +167,24 @@ async def run(config: BatchConfig, rows: Sequence[Row], results: Results) -> Non
     Raises:
         Error: in one sentence, which says what is kept; also when any row failed.
     """
-    from manager.connection import open_pipeline
+    from manager.connection import open_server
 
     notices = Notices()
     try:
-        async with open_pipeline(
+        async with open_server(
             config.connection,
             notices,
             max_sequences=min(config.batch_size, len(rows)),
             max_tokens_hint=lambda encoder: longest(rows, encoder),
-        ) as pipeline:
-            results.begin(
-                {**identity(pipeline), **asdict(config.options), **asdict(config.template)}
-            )
+        ) as server:
+            results.begin({**server.identity, **asdict(config.options), **asdict(config.template)})
             num_kept = len(results.done)
             if num_kept:
                 notices.say(f"going on: {num_kept} of {len(rows)} rows are done already")
             if results.num_changed:
                 notices.say(f"{results.num_changed} kept rows fit no prompt of the file any more")
             measured = await run_rows(
-                pipeline,
+                server,
                 rows,
                 results,
                 batch_size=config.batch_size,
@@ -207,16 +208,6 @@ async def run(config: BatchConfig, rows: Sequence[Row], results: Results) -> Non
         raise Error(f"{results.num_failed} of {len(rows)} rows failed: {where} has why, row by row")
 
 
-def identity(pipeline: Pipeline) -> dict[str, Any]:
-    """The model that every text of the batch depends on."""
-    facts = pipeline.workers[0]
-    return {
-        "model": pipeline.model_name,
-        "fingerprint": facts.fingerprint,
-        "dtype": facts.dtype,
-    }
-
-
 def publish(config: BatchConfig, report: dict[str, Any], notices: Notices) -> None:
     """Say how it went, and write the metrics where they were asked for.
 
@@ -235,7 +226,7 @@ def publish(config: BatchConfig, report: dict[str, Any], notices: Notices) -> No
 
 
 def _with_model(connection: ConnectionConfig, base_model: str | None) -> ConnectionConfig:
-    if base_model is None:
+    if base_model is None or (connection.backend == LLAMA_SERVER and not is_typed("base_model")):
         return connection
     if connection.model not in (None, base_model):
         raise UsageError(

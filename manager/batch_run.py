@@ -1,6 +1,6 @@
-"""Run rows over a pipeline, so many at once, and hand each result over as it comes.
+"""Run rows over a text server, so many at once, and hand each result over as it comes.
 
-Knows rows, results and the pipeline's requests; no file and no command line. A row that fails has
+Knows rows, results and the server's requests; no file and no command line. A row that fails has
 its error in its result and the others go on; a worker or a disk that is lost ends the run.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from manager.batch_progress import BatchProgress
-from manager.encoding import Message, Prompt
+from manager.encoding import Encoder
 from manager.generation import Completion, Piece
 from manager.metrics import Measurement
 from manager.output import Notices
@@ -20,7 +20,7 @@ from manager.results import Result, Results
 from proto.errors import Error, RequestRefused, UsageError
 
 if TYPE_CHECKING:
-    from manager.pipeline import Pipeline
+    from manager.text_server import Encodes, TextServer
 
 # Encoding all of a large file only to know how much room to ask for would keep the workers
 # waiting, and the longest rows by characters are nearly always the longest by tokens.
@@ -28,16 +28,8 @@ ROWS_TO_COUNT: Final = 32
 CHARS_PER_TOKEN: Final = 4
 
 
-class Encodes(Protocol):
-    """A pipeline, or its encoder."""
-
-    def encode(self, text: str) -> Prompt: ...
-
-    def encode_chat(self, messages: Sequence[Message]) -> Prompt: ...
-
-
 async def run_rows(
-    pipeline: Pipeline,
+    server: TextServer,
     rows: Sequence[Row],
     results: Results,
     *,
@@ -54,11 +46,11 @@ async def run_rows(
     """
     to_do = [row for row in rows if row.index not in results.done]
     num_requests = len(to_do) + (iterations - 1) * len(rows)
-    measurement = Measurement(pipeline)
+    measurement = Measurement(server)
     await measurement.start()
     try:
         with BatchProgress(num_requests, notices) as progress:
-            lanes = _Lanes(pipeline, measurement, progress, batch_size)
+            lanes = _Lanes(server, measurement, progress, batch_size)
             await lanes.run(to_do, results)
             await results.finish()
             for _ in range(iterations - 1):
@@ -81,12 +73,12 @@ class _Lanes:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        server: TextServer,
         measurement: Measurement,
         progress: BatchProgress,
         batch_size: int,
     ) -> None:
-        self._pipeline, self._measurement = pipeline, measurement
+        self._server, self._measurement = server, measurement
         self._progress, self._batch_size = progress, batch_size
 
     async def run(self, rows: Sequence[Row], results: Results | None) -> None:
@@ -117,22 +109,21 @@ class _Lanes:
 
         requests = self._measurement.requests
         try:
-            # A plain text is left to the pipeline, which encodes long ones beside the event loop.
-            prompt = row.prompt if row.messages is None else encode(self._pipeline, row)
-            assert prompt is not None
-            completion = await self._pipeline.generate(prompt, row.options, on_piece=count)
+            # A plain text is left to the server; a pipeline encodes long ones off the event loop.
+            prompt = row.prompt if row.messages is None else encode(self._server, row)
+            completion = await self._server.generate(prompt, row.options, on_piece=count)
         except RequestRefused as exc:
             requests.failed += 1
             await asyncio.sleep(0)  # a thousand of them in a row must not hold up the rest
             return result_of(row, None, str(exc))
-        if completion.error is not None and self._pipeline.lost is not None:
-            raise self._pipeline.lost  # not this row's fault: it runs again when the batch goes on
+        if completion.error is not None and self._server.lost is not None:
+            raise self._server.lost  # not this row's fault: it runs again when the batch goes on
         requests.add(completion)
         return result_of(row, completion, completion.error)
 
 
-def encode(encoder: Encodes, row: Row) -> Prompt:
-    """A row's tokens.
+def encode(encoder: Encodes, row: Row) -> Any:
+    """A row, as the server takes it: of an encoder, its tokens.
 
     Raises:
         RequestRefused: there are none.
@@ -144,7 +135,7 @@ def encode(encoder: Encodes, row: Row) -> Prompt:
     return encoder.encode(row.prompt)
 
 
-def longest(rows: Sequence[Row], encoder: Encodes) -> int:
+def longest(rows: Sequence[Row], encoder: Encoder) -> int:
     """Tokens of the longest row, prompt and generated together, nearly always.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Final, NoReturn
 
@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from proto.errors import Error
-from proto.settings import find_settings, read_settings_file, settings_file
+from proto.settings import Setting, find_settings, read_settings_file, settings_file
 
 # name -> (module, attribute, what `manager --help` says of it)
 COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
@@ -24,6 +24,22 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "batch": ("manager.batch", "batch", "Run a file of prompts, many at once."),
     "workers": ("manager.workers", "workers", "Show which worker holds what, and how it fares."),
     "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
+    "llama-server": (
+        "manager.llama_server.command",
+        "llama_server",
+        "Run llama.cpp's llama-server with its RPC workers, here.",
+    ),
+    "submit": ("manager.slurm.submit", "submit", "Run it on a Slurm cluster, as a job."),
+    "jobs": ("manager.slurm.jobs_command", "jobs", "Show my jobs: state, nodes, why they wait."),
+    "logs": ("manager.slurm.logs_command", "logs", "Show what a job printed; -f follows it."),
+    "wait": ("manager.slurm.wait_command", "wait", "Wait until a job has ended."),
+    "cancel": ("manager.slurm.cancel_command", "cancel", "End a job."),
+    "nodes": (
+        "manager.slurm.nodes_command",
+        "nodes",
+        "Show what nodes have, and how many suffice.",
+    ),
+    "task": ("manager.tasks.command", "task", ""),  # what a job's sbatch script calls on each node
 }
 
 EXIT_DONE: Final = 0
@@ -40,23 +56,34 @@ class Interrupted(Exception):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
+    """A group whose commands are imported when they are called.
+
+    Args:
+        commands: name -> (module, attribute, what the group's `--help` says of it).
+    """
+
+    def __init__(
+        self, *args: Any, commands: Mapping[str, tuple[str, str, str]], **values: Any
+    ) -> None:
+        super().__init__(*args, **values)
+        self.lazy_commands: Final = commands
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.lazy_commands)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.lazy_commands:
             return None
-        module, attribute, _ = COMMANDS[cmd_name]
+        module, attribute, _ = self.lazy_commands[cmd_name]
         command: click.Command = getattr(import_module(module), attribute)
         if not any(parameter.name == "debug" for parameter in command.params):
             command.params.append(debug_option())
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown = [(name, summary) for name, (_, _, summary) in self.lazy_commands.items() if summary]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
+            formatter.write_dl(shown)
 
 
 def debug_option() -> click.Option:
@@ -101,27 +128,63 @@ def version_option() -> click.Option:
 def load_settings(ctx: click.Context, name: str) -> None:
     """Put environment and comboio.toml behind the options of subcommand `name`."""
     file = read_settings_file(settings_file(os.environ))
-    own = _settings_of(ctx, name)
+    command = _command_of(ctx, name)
+    own = _settings_of(ctx, command)
     known = set(own)
     if file.tables.get("manager"):  # its keys may belong to any subcommand
-        known = known.union(*(_settings_of(ctx, other) for other in COMMANDS))
+        known = known.union(*(_settings_of(ctx, _command_of(ctx, other)) for other in COMMANDS))
     found = find_settings("manager", known, file=file, environ=os.environ)
     settings = {key: setting for key, setting in found.items() if key in own}
-    values = {key: _value(own[key], setting.value) for key, setting in settings.items()}
-    ctx.default_map = {name: values}
+    ctx.default_map = {name: _defaults(ctx, command, settings)}
     ctx.meta["origins"] = {key: setting.origin for key, setting in settings.items()}
 
 
-def _settings_of(ctx: click.Context, name: str) -> dict[str, click.Option]:
-    group = ctx.command
-    assert isinstance(group, click.Group)
-    command = group.get_command(ctx, name)
-    options = command.params if command else []
-    return {
+def _command_of(ctx: click.Context, name: str) -> click.Command:
+    assert isinstance(ctx.command, click.Group)
+    command = ctx.command.get_command(ctx, name)
+    assert command is not None
+    return command
+
+
+def _subcommands(ctx: click.Context, command: click.Command) -> dict[str, click.Command]:
+    if not isinstance(command, click.Group):
+        return {}
+    found = {name: command.get_command(ctx, name) for name in command.list_commands(ctx)}
+    return {name: it for name, it in found.items() if it is not None}
+
+
+def _settings_of(ctx: click.Context, command: click.Command) -> dict[str, click.Option]:
+    """The options of a command, and of all commands below it, that a setting may stand for."""
+    found = {
         it.name: it
-        for it in options
-        if isinstance(it, click.Option) and it.name and it.expose_value
+        for it in command.params
+        if isinstance(it, click.Option) and it.name and it.expose_value and not _is_elsewhere(it)
     }
+    for subcommand in _subcommands(ctx, command).values():
+        found |= _settings_of(ctx, subcommand)
+    return found
+
+
+def _is_elsewhere(option: click.Option) -> bool:
+    """Whether its settings are read by the command itself, from a table of their own."""
+    return bool(getattr(option, "settings_table", None))
+
+
+def _defaults(
+    ctx: click.Context, command: click.Command, settings: Mapping[str, Setting]
+) -> dict[str, Any]:
+    """A default map of a command, nested as its subcommands are."""
+    nested = {
+        name: _defaults(ctx, subcommand, settings)
+        for name, subcommand in _subcommands(ctx, command).items()
+    }
+    options = {it.name: it for it in command.params if isinstance(it, click.Option)}
+    own = {
+        key: _value(options[key], setting.value)
+        for key, setting in settings.items()
+        if key in options and not _is_elsewhere(options[key])
+    }
+    return {**nested, **own}
 
 
 def _value(option: click.Option, value: object) -> object:
@@ -142,6 +205,7 @@ CONTEXT_SETTINGS: Final[dict[str, Any]] = {
 
 manager = LazyGroup(
     name="manager",
+    commands=COMMANDS,
     callback=click.pass_context(_enter),
     params=[debug_option(), version_option()],
     context_settings=CONTEXT_SETTINGS,

@@ -1,11 +1,13 @@
-"""Open a pipeline for a command line: spawn workers if asked, show progress, trace if asked.
+"""Open what runs the model, for a command line: call a llama-server, or open a pipeline, for which
+workers are spawned if asked. Shows progress, traces if asked.
 
-The one place where a `ConnectionConfig` becomes a `Pipeline`.
+The one place where a `ConnectionConfig` becomes a `TextServer`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,13 +15,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from manager.event_loop import in_background
-from manager.options import ConnectionConfig
+from manager.options import LLAMA_SERVER, ConnectionConfig
 from manager.output import Notices
 from manager.spawn import SpawnConfig, SpawnedWorkers, SpawnProgress
 
 if TYPE_CHECKING:
     from manager.dispatcher import Trace
     from manager.pipeline import Pipeline, TokensHint
+    from manager.text_server import TextServer
+
+
+@asynccontextmanager
+async def open_server(
+    config: ConnectionConfig,
+    notices: Notices,
+    *,
+    max_sequences: int,
+    max_tokens_hint: TokensHint | None,
+) -> AsyncIterator[TextServer]:
+    """Whatever runs the model, for the block. The last two are what a pipeline asks room for."""
+    if config.backend == LLAMA_SERVER:
+        async with _open_llama_server(config, notices) as server:
+            yield server
+        return
+    async with open_pipeline(
+        config, notices, max_sequences=max_sequences, max_tokens_hint=max_tokens_hint
+    ) as pipeline:
+        yield pipeline
+
+
+@asynccontextmanager
+async def _open_llama_server(
+    config: ConnectionConfig, notices: Notices
+) -> AsyncIterator[TextServer]:
+    from manager.llama_server.api_key import find_api_key
+    from manager.llama_server.remote import RemotePipeline
+
+    assert config.server is not None
+    server = await RemotePipeline.open(
+        config.server,
+        api_key=find_api_key(config.server, config.api_key_file, os.environ),
+        model=config.model,
+        on_progress=notices.show,
+        on_notice=notices.say,
+    )
+    async with server:
+        notices.clear()
+        yield server
 
 
 @asynccontextmanager

@@ -41,8 +41,7 @@ class Encoder:
             RequestRefused: there is no text, or no token comes of it.
             ModelError: the model came without a tokenizer.
         """
-        if not text:
-            raise RequestRefused("the prompt is empty: write at least one character.")
+        check_text(text)
         self._check_text_is_understood()
         ids = self._ids(text, add_special_tokens=True)
         if not ids:
@@ -62,8 +61,7 @@ class Encoder:
                 f"the tokenizer of {self.model_name} has no chat template: "
                 "give a plain prompt, without --chat and without messages."
             )
-        if not any(message.get("content") for message in messages):
-            raise RequestRefused("the conversation is empty: write at least one character.")
+        check_messages(messages)
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
@@ -87,3 +85,28 @@ class Encoder:
         # with the numbers.
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return tuple(int(i) for i in encoded["input_ids"])
+
+
+def check_text(text: str) -> None:
+    """Raises RequestRefused where a plain prompt has nothing to continue, or half a character."""
+    if not text:
+        raise RequestRefused("the prompt is empty: write at least one character.")
+    _check_characters("the prompt", text)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises RequestRefused where a conversation says nothing, or half a character."""
+    if not any(message.get("content") for message in messages):
+        raise RequestRefused("the conversation is empty: write at least one character.")
+    for message in messages:
+        _check_characters("the conversation", "".join(message.values()))
+
+
+def _check_characters(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:  # a byte of a command line that is no UTF-8
+        before = text[max(0, exc.start - 20) : exc.start]
+        raise RequestRefused(
+            f"{name} has a byte that is no UTF-8 behind {before!r}: write it in UTF-8."
+        ) from None

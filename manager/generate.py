@@ -1,7 +1,7 @@
 """`manager generate`: one prompt, its text on stdout as it comes.
 
-Options become a `GenerateConfig`; `run` reads like the command does. The pipeline and torch load
-only once the options stand.
+Options become a `GenerateConfig`; `run` reads like the command does. The pipeline and torch, or the
+client of a llama-server, load only once the options stand.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from manager import event_loop
-from manager.encoding import Encoder, Prompt
+from manager.encoding import check_text
 from manager.generation import Completion, GenerationOptions, Piece
 from manager.options import ConnectionConfig, connection_options, sampling_options
 from manager.output import Notices, TextWriter, describe_worker, summary
-from proto.errors import Error, RequestRefused, UsageError
-from proto.messages import WorkerFacts
+from proto.errors import Error, UsageError
+
+if TYPE_CHECKING:
+    from manager.encoding import Encoder
+    from manager.text_server import Encodes, TextServer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +37,12 @@ class GenerateConfig:
     as_json: bool = False
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise RequestRefused("the prompt is empty: write at least one character.")
+        check_text(self.prompt)
         if self.system is not None and not self.chat:
             raise UsageError("--system belongs to a conversation: pass --chat as well.")
 
-    def encode(self, encoder: Encoder) -> Prompt:
-        """The prompt's tokens."""
+    def encode(self, encoder: Encodes) -> Any:
+        """The prompt, as the server takes it: of an encoder, its tokens."""
         if not self.chat:
             return encoder.encode(self.prompt)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -64,36 +67,36 @@ def generate(prompt: str, **values: object) -> None:
 
 
 async def run(config: GenerateConfig) -> None:
-    """Open the pipeline, stream, say how it went.
+    """Open what runs the model, stream, say how it went.
 
     Raises:
         Error: in one sentence; the text so far is on stdout.
     """
-    from manager.connection import open_pipeline
+    from manager.connection import open_server
 
-    notices, prompts = Notices(), list[Prompt]()
+    notices, prompts = Notices(), list[Any]()
 
     def count_tokens(encoder: Encoder) -> int:
         prompts.append(config.encode(encoder))
         return len(prompts[0].token_ids) + config.options.max_new_tokens
 
     try:
-        async with open_pipeline(
+        async with open_server(
             config.connection, notices, max_sequences=1, max_tokens_hint=count_tokens
-        ) as pipeline:
-            workers = list(zip(pipeline.addresses, pipeline.workers, strict=True))
+        ) as server:
+            prompt = prompts[0] if prompts else config.encode(server)
             shown = _Shown(config, notices)
             try:
-                completion = await pipeline.generate(
-                    prompts[0], config.options, on_piece=shown.piece, on_prefill=shown.prefill
+                completion = await server.generate(
+                    prompt, config.options, on_piece=shown.piece, on_prefill=shown.prefill
                 )
             finally:
                 await shown.end_text()
             if config.as_json:
-                print(as_json(completion, workers), flush=True)
+                print(as_json(completion, server), flush=True)
             if completion.error is not None:
                 raise Error(completion.error)
-            notices.say(summary(completion, workers))
+            notices.say(summary(completion, server.holder))
     finally:
         notices.clear()
 
@@ -112,8 +115,9 @@ def read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def as_json(completion: Completion, workers: list[tuple[str, WorkerFacts]]) -> str:
+def as_json(completion: Completion, server: TextServer) -> str:
     """What --json prints: these keys, no others."""
+    workers = zip(server.addresses, server.workers, strict=True)
     return json.dumps(
         {
             "text": completion.text,

@@ -6,6 +6,7 @@ Pure. Knows no worker, no tokenizer and no clock; `manager.pipeline` fills these
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -103,6 +104,13 @@ class Completion:
     detail: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     token_times_s: tuple[float, ...] = ()  # when each token came, counted from the request
+
+
+def decode_rate(times_s: Sequence[float]) -> float | None:
+    """Tokens a second after the first one, from when each came; None with fewer than two."""
+    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+        return None
+    return (len(times_s) - 1) / (times_s[-1] - times_s[0])
 
 
 def _check_whole(name: str, value: object, low: int, high: int) -> None:

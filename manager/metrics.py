@@ -19,6 +19,7 @@
   it read of the checkpoint when it started. disk_read_bytes: of this process during wall_s.
 - gpu_memory_bytes: the most of all samples; gpu_busy: their mean. null without a GPU, and
   gpu_busy also where the GPU's library (pynvml) is not installed.
+- server: what a llama-server says of itself, in the place of workers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from proto.errors import Error
 from proto.messages import Status, WorkerFacts
 
 if TYPE_CHECKING:
-    from manager.pipeline import Pipeline
+    from manager.text_server import TextServer
 
 SAMPLE_EVERY_S: Final = 1.0
 PACKAGES: Final = ("comboio", "torch", "transformers", "msgspec", "uvloop")
@@ -114,10 +115,11 @@ class Usage:
 class Measurement:
     """Of one batch, between `start` and `stop`; samples the workers meanwhile."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, server: TextServer) -> None:
         self.requests: Final = Requests()
-        self._pipeline = pipeline
-        self._workers = [WorkerHistory() for _ in pipeline.addresses]
+        self._server = server
+        self._workers = [WorkerHistory() for _ in server.workers]
+        self._usage: dict[str, Any] = {}  # of the server, beside its workers'
         self._usages: list[Usage] = []  # the first and the last
         self._rss_bytes = 0
         self._started_s = self._stopped_s = 0.0
@@ -143,6 +145,7 @@ class Measurement:
         self._stopped_s = time.monotonic()
         await self.close()
         await self._sample()
+        self._usage = await self._server.usage()
 
     async def close(self) -> None:
         """Sample no more. Twice does no harm."""
@@ -153,15 +156,16 @@ class Measurement:
     def report(self) -> dict[str, Any]:
         """The numbers, after `stop`."""
         wall_s = self._stopped_s - self._started_s
-        names = zip(self._pipeline.addresses, self._pipeline.workers, self._workers, strict=True)
+        names = zip(self._server.addresses, self._server.workers, self._workers, strict=True)
         return {
             "wall_s": wall_s,
             **self.requests.report(wall_s),
-            "model": self._pipeline.model_name,
+            "model": self._server.model_name,
             "workers": [
                 {**_identity(address, facts), **history.report(wall_s)}
                 for address, facts, history in names
             ],
+            **self._usage,
             "manager": self._manager(wall_s),
             "versions": versions(),
         }
@@ -176,7 +180,7 @@ class Measurement:
 
     async def _sample(self) -> None:
         for history, (_, status, rtt_s) in zip(
-            self._workers, await self._pipeline.status(), strict=True
+            self._workers, await self._server.status(), strict=True
         ):
             history.add(status, rtt_s)
         usage = Usage.now()
@@ -253,7 +257,9 @@ def summary(report: Mapping[str, Any]) -> str:
         _seconds("latency", report["latency_s"]),
         _seconds("first token", report["ttft_s"]),
         _seconds("between tokens", report["inter_token_s"]),
-        "workers busy " + ", ".join(f"{100 * (share or 0):.0f} %" for share in busy),
+        "workers busy " + ", ".join(f"{100 * (share or 0):.0f} %" for share in busy)
+        if busy
+        else "",
     ]
     return "; ".join(part for part in parts if part)
 

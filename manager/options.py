@@ -21,15 +21,22 @@ from proto.errors import UsageError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+PIPELINE: Final = "pipeline"
+LLAMA_SERVER: Final = "llama-server"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionConfig:
-    """Which workers to use, and how they let us in."""
+    """What runs the model, where it is, and how it lets us in."""
 
+    backend: str = PIPELINE  # what follows but `model` belongs to one of them
     workers: str | None = None  # None: the neighbours of 127.0.0.1:7710
     spawn: int | None = None  # start so many here instead
     model: str | None = None  # None: what the workers hold
     secret_file: Path | None = None
     trace: Path | None = None
+    server: str | None = None  # of llama-server, as `parse_server` gives it
+    api_key_file: Path | None = None
 
 
 if TYPE_CHECKING:
@@ -74,31 +81,104 @@ TRACE: Final = click.option(
 )
 
 
+BACKEND: Final = click.option(
+    "--backend",
+    type=click.Choice([PIPELINE, LLAMA_SERVER]),
+    default=PIPELINE,
+    show_default=True,
+    help="What runs the model: our own workers, or a llama-server that is up already.",
+)
+SERVER: Final = click.option(
+    "--server",
+    metavar="URL",
+    help="Where that llama-server is, for example http://10.0.0.5:8080; implies its backend.",
+)
+API_KEY_FILE: Final = click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The API key that llama-server asks for. Default: LLAMA_API_KEY.",
+)
+
+# The options that have a meaning with one backend only.
+OF_BACKEND: Final = {
+    PIPELINE: ("workers", "spawn", "secret_file", "trace"),
+    LLAMA_SERVER: ("server", "api_key_file"),
+}
+OPTIONS: Final = (BACKEND, WORKERS, SPAWN, MODEL, SECRET_FILE, TRACE, SERVER, API_KEY_FILE)
+
+
 def connection_options(command: Command) -> Command:
     """Add the options of `ConnectionConfig`; the command gets it as `connection`."""
 
     @wraps(command)
     def with_connection(*args: Any, **values: Any) -> Any:
-        spawn, workers = values.pop("spawn"), values.pop("workers")
-        if spawn is not None and workers is not None:
-            if _is_typed("spawn") and _is_typed("workers"):
-                raise UsageError(
-                    "--spawn starts workers of its own, --workers names others: pass one of them."
-                )
-            spawn, workers = (spawn, None) if _is_typed("spawn") else (None, workers)
-        connection = ConnectionConfig(
-            workers=workers,
-            spawn=spawn,
-            model=values.pop("model"),
-            secret_file=values.pop("secret_file"),
-            trace=values.pop("trace"),
-        )
+        backend = _choose_backend(values.pop("backend"))
+        own = {
+            name: values.pop(name) for name in (*OF_BACKEND[PIPELINE], *OF_BACKEND[LLAMA_SERVER])
+        }
+        own = {name: value for name, value in own.items() if name in OF_BACKEND[backend]}
+        model = values.pop("model")
+        if backend == PIPELINE:
+            _settle_spawn_and_workers(own)
+        else:
+            own["server"] = _server_url(own["server"])
+            if not is_typed("model"):
+                model = None  # a setting names the pipeline's checkpoint
+        connection = ConnectionConfig(backend=backend, model=model, **own)
         return command(*args, connection=connection, **values)
 
     wrapped: Any = with_connection
-    for option in (TRACE, SECRET_FILE, MODEL, SPAWN, WORKERS):
+    for option in reversed(OPTIONS):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[no-any-return]
+
+
+def _choose_backend(value: str) -> str:
+    """The backend that what was typed speaks of, else the one that is set.
+
+    Raises:
+        UsageError: what was typed speaks of both.
+    """
+    typed = {
+        backend: [name for name in names if is_typed(name)] for backend, names in OF_BACKEND.items()
+    }
+    if is_typed("backend"):
+        chosen = value
+    elif "server" in typed[LLAMA_SERVER]:
+        chosen = LLAMA_SERVER
+    else:
+        chosen = PIPELINE if typed[PIPELINE] else value
+    other = LLAMA_SERVER if chosen == PIPELINE else PIPELINE
+    if typed[other]:
+        stranger = f"--{typed[other][0].replace('_', '-')}"
+        why = f"--backend {chosen}" if is_typed("backend") else "--server"
+        if chosen == PIPELINE and not is_typed("backend"):
+            raise UsageError(f"{stranger} is for a llama-server: pass --server URL as well.")
+        raise UsageError(f"{stranger} means nothing to a {chosen}: leave out {stranger} or {why}.")
+    return chosen
+
+
+def _settle_spawn_and_workers(values: dict[str, Any]) -> None:
+    """Of two settings, the one that was typed."""
+    if values["spawn"] is None or values["workers"] is None:
+        return
+    if is_typed("spawn") and is_typed("workers"):
+        raise UsageError(
+            "--spawn starts workers of its own, --workers names others: pass one of them."
+        )
+    values["workers" if is_typed("spawn") else "spawn"] = None
+
+
+def _server_url(text: str | None) -> str:
+    from manager.llama_server.server_url import EXAMPLE, parse_server
+
+    if text is None:
+        raise UsageError(
+            f"--backend llama-server needs a server that is up: pass --server {EXAMPLE}, or start "
+            "one with `manager llama-server run --keep`."
+        )
+    return parse_server(text)
 
 
 def sampling_options(command: Command) -> Command:
@@ -172,6 +252,7 @@ SAMPLING: Final = (
 )
 
 
-def _is_typed(name: str) -> bool:
+def is_typed(name: str) -> bool:
+    """Whether an option of the command that runs was on its command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is ParameterSource.COMMANDLINE

@@ -10,7 +10,6 @@ import asyncio
 import queue
 import sys
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from manager.generation import Completion
@@ -132,8 +131,8 @@ def _moving_line() -> Progress:
     )
 
 
-def summary(completion: Completion, workers: Sequence[tuple[str, WorkerFacts]]) -> str:
-    """One line on how it went and who held what."""
+def summary(completion: Completion, holder: str) -> str:
+    """One line on how it went, and who held the model."""
     parts = [f"{completion.completion_tokens} tokens"]
     if completion.decode_tokens_per_s is not None:
         parts.append(f"{completion.decode_tokens_per_s:.1f} tokens/s")
@@ -141,10 +140,7 @@ def summary(completion: Completion, workers: Sequence[tuple[str, WorkerFacts]]) 
         parts.append(f"first after {completion.ttft_s:.2f} s")
     if completion.detail:
         parts.append(completion.detail)
-    held = ", ".join(
-        f"{facts.start_layer}:{facts.end_layer} at {address}" for address, facts in workers
-    )
-    return f"{', '.join(parts)}; layers {held}"
+    return f"{', '.join(parts)}; {holder}"
 
 
 def describe_worker(address: str, facts: WorkerFacts) -> dict[str, Any]:

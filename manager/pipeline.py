@@ -174,6 +174,24 @@ class Pipeline:
         return self._encoder.model_name
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What every text depends on beside its request."""
+        facts = self._chain.facts[0]
+        return {
+            "model": self.model_name,
+            "fingerprint": facts.fingerprint,
+            "dtype": facts.dtype,
+        }
+
+    @property
+    def holder(self) -> str:
+        """Who holds which layers, for people."""
+        held = zip(self.workers, self.addresses, strict=True)
+        return "layers " + ", ".join(
+            f"{facts.start_layer}:{facts.end_layer} at {address}" for facts, address in held
+        )
+
+    @property
     def lost(self) -> Error | None:
         """Why no request can run any more, once that is so: mostly a `WorkerLost`."""
         return self._dispatcher.lost
@@ -189,6 +207,10 @@ class Pipeline:
         return [
             (link.facts, answer, link.rtt_s) for link, answer in zip(links, answers, strict=True)
         ]
+
+    async def usage(self) -> dict[str, Any]:
+        """What metrics say beside the workers' numbers: nothing."""
+        return {}
 
     # --- requests ----------------------------------------------------------------------------
 

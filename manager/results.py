@@ -43,7 +43,10 @@ class Results(Protocol):
     num_changed: int  # rows that were kept and whose prompts are not there any more
 
     def begin(self, made_by: Mapping[str, Any]) -> None:
-        """The first row follows; `made_by` is what all texts depend on, for a later resumption."""
+        """Rows follow; `made_by` is what all texts depend on, for a later resumption.
+
+        After `pause` it may be called again, to go on with the rows that are not done.
+        """
 
     @property
     def done(self) -> frozenset[int]:
@@ -136,6 +139,7 @@ class ResultsFile:
             replaces = self._overwrite and self.path.exists()
             header = {"partial": PARTIAL_FORMAT, "replaces": replaces, "made_by": made_by}
             self._append(header)
+            self._header = header  # whoever begins again, after a loss, goes on
             return
         before = self._header["made_by"]
         for name in {**made_by, **before}:
@@ -306,13 +310,14 @@ class StreamedResults:
         self._num_rows = num_rows
         self.num_failed = self.num_changed = 0
         self._early: dict[int, bytes] = {}  # rows that wait for those before them
+        self._added = set[int]()
         self._next = 0
         self._stream: TextIO = sys.stdout if path is None else _open_device(path)
         self._writer: TextWriter | None = None
 
     @property
     def done(self) -> frozenset[int]:
-        return frozenset()
+        return frozenset(self._added)
 
     @property
     def kept(self) -> str:
@@ -332,6 +337,7 @@ class StreamedResults:
             ResultsLost: an earlier one could not be written.
         """
         self.num_failed += result["error"] is not None
+        self._added.add(row.index)
         self._early[row.index] = _line(result)
         while (line := self._early.pop(self._next, None)) is not None:
             assert self._writer is not None

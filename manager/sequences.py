@@ -11,7 +11,13 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from manager.encoding import Prompt
-from manager.generation import Completion, GenerationOptions, Piece, TokenLogprob
+from manager.generation import (
+    Completion,
+    GenerationOptions,
+    Piece,
+    TokenLogprob,
+    decode_rate,
+)
 from manager.text import Cut, TextStream, Vocabulary
 from proto.messages import Drawn, Sampling
 
@@ -106,7 +112,7 @@ class ActiveSequence:
             prompt_tokens=len(self.prompt.token_ids),
             completion_tokens=len(record.token_ids),
             ttft_s=times[0] if times else None,
-            decode_tokens_per_s=_rate(times),
+            decode_tokens_per_s=decode_rate(times),
             latency_s=record.finished_s - self._submitted_s,
             error=record.error,
             detail=record.detail,
@@ -156,10 +162,3 @@ class _Record:
             detail=self.detail,
             logprobs=tuple(self.logprobs),
         )
-
-
-def _rate(times_s: Sequence[float]) -> float | None:
-    """Tokens a second after the first one."""
-    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
-        return None
-    return (len(times_s) - 1) / (times_s[-1] - times_s[0])

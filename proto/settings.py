@@ -18,6 +18,9 @@ The file has one table a program, and may spell keys with `_` or `-`:
 
     [manager]
     workers = "10.0.0.2:7710,10.0.0.3:7710"
+
+`[slurm]` says what is peculiar to a cluster, and has tables of its own, one a profile; it is
+`manager.slurm.site` that reads it.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from typing import Final
 
 from proto.errors import UsageError
 
-TABLES: Final = ("worker", "manager")
+TABLES: Final = ("worker", "manager", "slurm")
 FILE_NAME: Final = "comboio.toml"
 ENV_PREFIX: Final = "COMBOIO_"
 FILE_VARIABLE: Final = "COMBOIO_CONFIG"  # path of another file than ./comboio.toml

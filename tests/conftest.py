@@ -7,12 +7,13 @@ processes that tests start inherit them.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.llama_cpp import why_no_llama_cpp
 
 # Several processes with torch share the cores of one machine: one thread each, or they spend
 # their time waiting for one another. The hub is never asked: tests make their own checkpoints.
@@ -42,7 +43,7 @@ settings.load_profile("comboio")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine has no hardware or cluster for."""
-    lacking = {"gpu": _why_no_gpu, "slurm": _why_no_slurm}
+    lacking = {"gpu": _why_no_gpu, "slurm": _why_no_slurm, "llama_cpp": why_no_llama_cpp}
     for mark, why_not in lacking.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (reason := why_not()):
@@ -57,7 +58,9 @@ def _why_no_gpu() -> str | None:
 
 
 def _why_no_slurm() -> str | None:
-    return None if shutil.which("sbatch") else "needs a Slurm cluster; there is no sbatch on PATH"
+    from tests.support.slurm_cluster import why_no_slurm
+
+    return why_no_slurm()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,9 +75,12 @@ def _no_worker_outlives_the_tests() -> Iterator[None]:
     assert not left, "processes that tests left behind:\n" + "\n".join(left)
 
 
+OURS = {"worker", "manager", "llama-server", "rpc-server", "ggml-rpc-server"}
+
+
 def _is_ours(process: psutil.Process) -> bool:
     try:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return any(os.path.basename(word) in {"worker", "manager"} for word in words[:4])
+    return any(os.path.basename(word) in OURS for word in words[:4])

@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -319,3 +320,16 @@ def words_of_code(module: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
             case ast.alias(name=name):
                 yield node.lineno, name
+
+
+def test_every_package_is_in_the_distribution():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for package in ("proto", "engine", "worker", "manager")
+        for file in (ROOT / package).rglob("__init__.py")
+    }
+    listed = set(settings["packages"]) - set(settings["package-dir"])
+    assert listed == folders
+    for folder in settings["package-dir"].values():
+        assert (ROOT / folder).is_dir()

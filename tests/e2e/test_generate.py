@@ -12,6 +12,7 @@ import pytest
 
 from manager.pipeline import Pipeline
 from tests.support.chains import manager, save_tiny_with_tokenizer, sections_of, start_manager
+from tests.support.processes import ROOT
 
 KEYS = {
     "text",
@@ -122,8 +123,9 @@ def test_an_interruption_is_heard_while_torch_is_being_imported(workers, tmp_pat
     """From an SD card that takes a minute; here it takes for ever."""
     os.mkfifo(tmp_path / "never")
     (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'never')!r}).read()")
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT)))
     running = start_manager(
-        "generate", "fox", "--workers", workers.option, env={"PYTHONPATH": str(tmp_path)}
+        "generate", "fox", "--workers", workers.option, env={"PYTHONPATH": paths}
     )
     with open(tmp_path / "never", "w"):  # returns as soon as the import reads it
         running.send_signal(signal.SIGINT)

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,15 @@ READY = re.compile(
     r"layers (?P<start>\d+):(?P<end>\d+) of (?P<layers>\d+) "
     r"model (?P<model>.+) bytes (?P<bytes>\d+)"
 )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 class WorkerProcess:

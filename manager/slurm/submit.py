@@ -1,0 +1,24 @@
+"""`manager submit`: the same work as here, as a Slurm job. One file a backend, one line each."""
+
+from __future__ import annotations
+
+from manager.cli import LazyGroup
+
+BACKENDS = {
+    "pipeline": (
+        "manager.slurm.submit_pipeline",
+        "pipeline",
+        "The pipeline over several nodes: a batch of prompts, or one.",
+    ),
+    "llama-server": (
+        "manager.slurm.submit_llama_server",
+        "llama_server",
+        "llama.cpp's llama-server, with an rpc-server on each node but the first.",
+    ),
+}
+
+submit = LazyGroup(
+    name="submit",
+    commands=BACKENDS,
+    help="Run it on a Slurm cluster, as a job; `manager jobs` shows what becomes of it.",
+)

@@ -1,0 +1,1 @@
+"""What the tasks of a job run, each on its node."""
