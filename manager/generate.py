@@ -95,7 +95,7 @@ async def run(config: GenerateConfig) -> None:
             if config.as_json:
                 print(as_json(completion, server), flush=True)
             if completion.error is not None:
-                raise Error(completion.error)
+                raise Error(completion.error) from server.lost
             notices.say(summary(completion, server.holder))
     finally:
         notices.clear()

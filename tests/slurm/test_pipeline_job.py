@@ -178,12 +178,14 @@ def test_a_section_that_does_not_come_back_ends_the_job_in_a_sentence(slurm, at)
 
 
 def test_a_worker_that_cannot_start_ends_the_job_in_its_own_words(slurm, at):
-    job = submit(slurm, at, "--nodes", "2", "--prompt", "x", "--model", "nobody/nothing")
-    ended = slurm.wait(job)
-    log = log_of(at, job)
-    assert ended["JobState"] == "FAILED"
-    assert re.search(r"^manager: section \d on node\d: .*nobody/nothing", log, re.MULTILINE), log
-    assert "Traceback" not in log
+    words = ("--nodes", "2", "--prompt", "x", "--model", "nobody/nothing", "--wait")
+    answer = slurm.manager("submit", "pipeline", *words, cwd=at)
+    assert answer.returncode == 1, answer
+    job = answer.stdout.split()[0]
+    sentence = r"manager: section \d on node\d: .*nobody/nothing"
+    assert re.search(rf"^{sentence}", log_of(at, job), re.MULTILINE), log_of(at, job)
+    assert re.search(sentence, answer.stderr.splitlines()[-1]), "whoever waits is told as well"
+    assert "Traceback" not in log_of(at, job)
 
 
 def test_a_job_told_to_wind_up_keeps_what_is_done_and_the_next_run_goes_on(slurm, at, expected):
@@ -327,3 +329,12 @@ def test_a_results_folder_that_the_node_does_not_see_is_named_before_a_model_is_
         )
         assert slurm.wait(job)["JobState"] == "FAILED"
     assert f"--output: node1 does not see the folder {hidden}/below" in log_of(at, job)
+
+
+def test_a_single_prompt_begins_again_when_a_worker_dies(slurm, at):
+    job = submit(slurm, at, "--nodes", "2", "--prompt", "Once", "--max-new-tokens", "300")
+    log_when(at, job, "ready: a token went through")
+    (worker,) = processes("-m worker", "--index 1", str(at / "comboio-jobs" / job))
+    worker.kill()
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(at, job)
+    assert "is started anew" in log_of(at, job) and "300 tokens" in log_of(at, job)
