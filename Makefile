@@ -10,15 +10,16 @@ BENCH  ?= $(sort $(basename $(notdir $(wildcard bench/*.py))))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check fmt bench clean
+.PHONY: help venv demo finetune-demo test check fmt bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
 
-# Two stamps: what a user needs, and what the tests need beside it. Each is made once, and made
-# again when a dependency or a pin changes.
+# Stamps: what a user needs, what fine-tuning needs beside it, what the tests need. Each is made
+# once, and made again when a dependency or a pin changes.
 RUN_STAMP  := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+FINETUNE_STAMP := $(VENV)/.installed-finetune
 
 venv: $(RUN_STAMP)  ## make .venv and install Comboio into it
 
@@ -38,8 +39,15 @@ $(TEST_STAMP): $(RUN_STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 
+$(FINETUNE_STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[finetune]'
+	@touch $@
+
 demo: $(RUN_STAMP)  ## two workers on this machine write text with the demo model
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
+
+finetune-demo: $(FINETUNE_STAMP)  ## fine-tune the demo model, and show that its text changed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/finetune_demo.sh
 
 test: $(TEST_STAMP)  ## the whole test suite (PYTEST_ARGS="-k name" for a part)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

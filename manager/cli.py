@@ -23,7 +23,13 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "generate": ("manager.generate", "generate", "Continue a prompt; text streams as it comes."),
     "batch": ("manager.batch", "batch", "Run a file of prompts, many at once."),
     "workers": ("manager.workers", "workers", "Show which worker holds what, and how it fares."),
+    "adapters": (
+        "manager.adapters",
+        "adapters",
+        "Show, add and drop the adapters that workers hold.",
+    ),
     "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
+    "finetune": ("manager.finetune.command", "finetune", "Fine-tune a model: LoRA, data, merge."),
     "llama-server": (
         "manager.llama_server.command",
         "llama_server",

@@ -37,8 +37,8 @@ def test_links_to_files_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_named_recipes_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    recipes = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z]+)`|^ *make ([a-z]+)", text, re.MULTILINE))
+    recipes = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)`|^ *make ([a-z-]+)", text, re.MULTILINE))
     assert {one or other for one, other in named} <= recipes
 
 

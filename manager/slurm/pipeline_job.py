@@ -268,7 +268,7 @@ def words_of(ctx: click.Context, names: Iterable[str]) -> list[str]:
             continue
         value = ctx.params[name]
         if isinstance(parameter, click.Option) and parameter.is_flag:
-            words += [parameter.opts[0]] if value else []
+            words += (parameter.opts if value else parameter.secondary_opts)[:1]
             continue
         for one in value if isinstance(value, (tuple, list)) else (value,):
             text = str(one.absolute()) if isinstance(one, Path) else str(one)

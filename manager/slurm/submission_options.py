@@ -71,6 +71,15 @@ def submission_options(command: Command) -> Command:
     return wrapped  # type: ignore[no-any-return]
 
 
+def own_options(ctx: click.Context) -> set[str]:
+    """The command's own options, without the site's and the submission's."""
+    return {
+        it.name or ""
+        for it in ctx.command.params
+        if isinstance(it, click.Option) and getattr(it, "settings_table", None) != "slurm"
+    } - set(Asked.__slots__)
+
+
 def publish(submission: Submission, asked: Asked) -> None:
     """Submit and say so, or show what would be submitted."""
     if asked.dry_run:

@@ -15,6 +15,7 @@ BACKENDS = {
         "llama_server",
         "llama.cpp's llama-server, with an rpc-server on each node but the first.",
     ),
+    "lora": ("manager.slurm.submit_finetune", "lora", "Fine-tuning by LoRA on one GPU, or none."),
 }
 
 submit = LazyGroup(

@@ -18,7 +18,12 @@ from manager.llama_server.options import config_options
 from manager.slurm.pipeline_job import words_of
 from manager.slurm.scripts import Submission, find_script
 from manager.slurm.site import Site, site_options
-from manager.slurm.submission_options import Asked, publish, submission_options
+from manager.slurm.submission_options import (
+    Asked,
+    own_options,
+    publish,
+    submission_options,
+)
 from proto.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +116,7 @@ def _words(ctx: click.Context, config: LlamaServerConfig) -> list[str]:
     from manager.llama_server.config import PATH_KEYS
 
     words = []
-    for word in words_of(ctx, _own_options(ctx) - FLAG_KEYS):
+    for word in words_of(ctx, own_options(ctx) - FLAG_KEYS):
         name, equals, _ = word.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         if equals and key in PATH_KEYS:
@@ -119,15 +124,6 @@ def _words(ctx: click.Context, config: LlamaServerConfig) -> list[str]:
         words.append(word)
     # Options may have changed what the file says of these.
     return [*words, f"--nodes={config.nodes}", f"--ntasks={config.nodes}"]
-
-
-def _own_options(ctx: click.Context) -> set[str]:
-    """The command's own options, without the site's and the submission's."""
-    return {
-        it.name or ""
-        for it in ctx.command.params
-        if not isinstance(it, click.Option) or getattr(it, "settings_table", None) != "slurm"
-    } - set(Asked.__slots__)
 
 
 def _variables(config: LlamaServerConfig) -> dict[str, str]:

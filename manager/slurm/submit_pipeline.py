@@ -7,7 +7,12 @@ import click
 from manager.slurm.pipeline_job import PipelineJob, pipeline_job_options, words_of
 from manager.slurm.scripts import Submission, find_script
 from manager.slurm.site import Site, site_options
-from manager.slurm.submission_options import Asked, publish, submission_options
+from manager.slurm.submission_options import (
+    Asked,
+    own_options,
+    publish,
+    submission_options,
+)
 from proto.errors import UsageError
 
 SCRIPT = "pipeline.sbatch"
@@ -57,7 +62,6 @@ def pipeline(
         _check_array(array, job)
         flags.append(f"--array=0-{array - 1}")
         log = str(site.jobs_folder.absolute() / "%x-%A_%a.out")
-    work = {*PipelineJob.__slots__, "chat", "system", *_option_names(job)}
     publish(
         Submission(
             backend="pipeline",
@@ -65,7 +69,7 @@ def pipeline(
             name=asked.name or "comboio-pipeline",
             site=site,
             flags=tuple(flags),
-            words=tuple(words_of(ctx, work)),
+            words=tuple(words_of(ctx, own_options(ctx) - {"nodes", "tasks_per_node", "array"})),
             variables=asked.variables(),
             log=log,
         ),
@@ -81,7 +85,3 @@ def _check_array(array: int, job: PipelineJob) -> None:
         raise UsageError(
             f"--array {array}: {job.prompts} has {num_rows} prompts; ask for at most so many parts."
         )
-
-
-def _option_names(job: PipelineJob) -> tuple[str, ...]:
-    return tuple(job.options.__slots__)

@@ -121,6 +121,34 @@ def test_what_would_fail_in_the_job_is_refused_before(at, capsys, words, sentenc
     assert err.count("\n") == 1 and sentence in err
 
 
+LORA = ("submit", "lora", "--train-path", "prompts.txt", "--save-dir", "run")
+
+
+def test_fine_tuning_is_submitted_as_it_is_run_here(at, capsys):
+    typed = ["--epochs=2", "--lr=0.001", "--no-merge", "--lora_r=4", "--gradient-checkpointing"]
+    code, out, err = run(capsys, *LORA, *typed, "--dry-run", "--cpus-per-task", "8")
+    assert (code, err) == (0, "")
+    _, words = command_of(out)
+    script = words.index(str(ROOT / "scripts" / "slurm" / "lora.sbatch"))
+    assert "--cpus-per-task=8" in words[:script]
+    own = {"--train-path=prompts.txt", "--save-dir=run", "--epochs=2.0", "--no-merge"}
+    assert own | {"--lora-r=4", "--gradient-checkpointing"} <= set(words[script + 1 :])
+    assert any(it.endswith("=0.001") for it in words[script + 1 :])
+
+
+def test_without_a_gpu_another_script_is_submitted(at, capsys):
+    code, out, _ = run(capsys, *LORA, "--no_cuda", "--dry-run")
+    assert code == 0
+    assert str(ROOT / "scripts" / "slurm" / "lora-cpu.sbatch") in command_of(out)[1]
+
+
+def test_a_folder_with_an_earlier_run_is_refused_before_the_job(at, capsys):
+    (at / "run").mkdir()
+    (at / "run" / "run.json").write_text("{}")
+    code, _, err = run(capsys, *LORA, "--dry-run")
+    assert code == 2 and err.count("\n") == 1 and "run" in err
+
+
 def test_results_that_are_there_are_not_replaced_by_accident(at, capsys):
     (at / "out.jsonl").write_text("{}\n")
     code, _, err = run(capsys, *BATCH, "--dry-run")

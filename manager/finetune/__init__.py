@@ -1,0 +1,1 @@
+"""The command lines of fine-tuning. What runs inside a job stands in `engine.jobs`."""

@@ -1,0 +1,90 @@
+"""`manager submit lora|sft|axonn`: the options of `manager finetune ...`, as a job.
+
+What is trained and how is checked here with the same settings as there; the job gets the words as
+they were typed. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from engine.jobs.settings import JobSettings
+from manager.finetune.options import job_options
+from manager.slurm.pipeline_job import check_model, words_of
+from manager.slurm.scripts import Submission, find_script
+from manager.slurm.site import Site, site_options
+from manager.slurm.submission_options import (
+    Asked,
+    own_options,
+    publish,
+    submission_options,
+)
+from proto.errors import UsageError
+
+NODES: Final = click.option(
+    "--nodes", "-N", type=click.IntRange(min=1), default=1, show_default=True, metavar="N"
+)
+
+
+@click.command()
+@job_options("lora")
+@site_options
+@submission_options
+@click.pass_context
+def lora(ctx: click.Context, settings: JobSettings, site: Site, asked: Asked) -> None:
+    """Fine-tune a model by LoRA in a Slurm job: on one GPU, or with --no-cuda on a node's CPUs."""
+    is_cpu = settings.training.device == "cpu"
+    script = "lora-cpu.sbatch" if is_cpu else "lora.sbatch"
+    submit_finetuning(ctx, "lora", script, settings, site, asked, ())
+
+
+def submit_finetuning(
+    ctx: click.Context,
+    method: str,
+    script: str,
+    settings: JobSettings,
+    site: Site,
+    asked: Asked,
+    flags: Sequence[str],
+) -> None:
+    """Check what can be checked here, and submit.
+
+    Args:
+        flags: of sbatch, beside the site's.
+    Raises:
+        UsageError: the model or the run's folder would be refused in the job.
+        JobError: sbatch said no.
+    """
+    from engine.jobs.run_folder import check_run_folder
+
+    check_model(settings.base_model)
+    check_run_folder(settings.output)
+    publish(
+        Submission(
+            backend=method,
+            script=find_script(script),
+            name=asked.name or f"comboio-{method}",
+            site=site,
+            flags=(*flags, *asked.flags()),
+            words=tuple(words_of(ctx, own_options(ctx) - {"nodes", "tasks_per_node"})),
+            variables=asked.variables(),
+        ),
+        asked,
+    )
+
+
+def whole(gpus: str | None) -> int | None:
+    """How many GPUs `--gpus-per-node` means: "4", or "a100:4".
+
+    Raises:
+        UsageError: it has no number.
+    """
+    if gpus is None:
+        return None
+    number = gpus.rpartition(":")[2]
+    if not number.isdigit():
+        raise UsageError(f"--gpus-per-node {gpus}: write a number, or a kind and a number, a100:4.")
+    return int(number)
