@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.kv import BlockCache, KvSpan, Site, SiteShape, span_of, token_slots
 from engine.masks import FULL, MaskFunction, MaskNotes, Rule
 from proto.errors import ModelUnfit
+
+if TYPE_CHECKING:
+    from engine.lora_layers import Adapter
 
 ATTENTION_NAME: Final = "comboio"
 
@@ -59,6 +62,7 @@ class StageRun:
     num_tokens: int
     rope_length: int  # tables that depend on a length are made for max(this, position + 1)
     blocks: Tensor  # (num_blocks,) int64 on the CPU, covering [0, start + num_tokens)
+    adapter: Adapter | None = None  # what is added to the model for this sequence
 
     @property
     def stop(self) -> int:

@@ -175,24 +175,9 @@ class Checkpoint:
             ModelError: the file cannot be read, or ends before the tensor does; names both.
         """
         entry = self.entry(key)
-        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-        view = data.numpy().data
-        path = self._data(entry.file)
-        done = 0
-        with _opened(path) as file:
-            file.seek(entry.offset)
-            while done < entry.num_bytes:
-                try:
-                    count = file.readinto(view[done : done + _READ_BYTES])
-                except OSError as exc:
-                    raise unreadable(path, exc) from exc
-                if not count:
-                    raise truncated(path, key, entry, os.fstat(file.fileno()).st_size)
-                done += count
-                if progress is not None:
-                    progress(count)
-        self.read_bytes += done
-        return data.view(entry.dtype).view(entry.shape)
+        tensor = read_tensor(self._data(entry.file), key, entry, progress)
+        self.read_bytes += entry.num_bytes
+        return tensor
 
     def map(self, key: str) -> Tensor:
         """One tensor as a private mapping of its file: pages are read as they are touched.
@@ -223,7 +208,7 @@ class Checkpoint:
 
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:
-            self._headers[file] = _read_header(self.locate(file), file)
+            self._headers[file] = read_header(self.locate(file), file)
         return self._headers[file]
 
     def _data(self, file: str) -> Path:
@@ -382,7 +367,33 @@ def _checked_weight_map(index: dict[str, Any], name: str) -> dict[str, str]:
     return files
 
 
-def _read_header(path: Path, file: str) -> dict[str, TensorEntry]:
+def read_tensor(
+    path: Path, key: str, entry: TensorEntry, progress: Progress | None = None
+) -> Tensor:
+    """Read one tensor of a safetensors file, and nothing else.
+
+    Raises:
+        ModelError: the file cannot be read, or ends before the tensor does; names both.
+    """
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = data.numpy().data
+    done = 0
+    with _opened(path) as file:
+        file.seek(entry.offset)
+        while done < entry.num_bytes:
+            try:
+                count = file.readinto(view[done : done + _READ_BYTES])
+            except OSError as exc:
+                raise unreadable(path, exc) from exc
+            if not count:
+                raise truncated(path, key, entry, os.fstat(file.fileno()).st_size)
+            done += count
+            if progress is not None:
+                progress(count)
+    return data.view(entry.dtype).view(entry.shape)
+
+
+def read_header(path: Path, file: str) -> dict[str, TensorEntry]:
     """The tensors that one safetensors file announces, checked against the format's rules.
 
     Format: 8 bytes little-endian header length, JSON header, data

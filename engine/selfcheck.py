@@ -23,7 +23,7 @@ _NUM_TOKENS: Final = 6
 _CUT: Final = 4
 # Differences come from the kernels' rounding alone. The median over rows is judged, since one
 # token of a mixture of experts may be routed elsewhere by rounding.
-_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def check_stage(stage: Stage) -> None:
@@ -71,8 +71,8 @@ def check_stage(stage: Stage) -> None:
             f"the lm_head of {stage.model_name}, or the norm before it, gives NaN on numbers: "
             "the checkpoint is damaged, fetch it again"
         )
-    error = _relative_error(chunked[_CUT:], whole[_CUT:])
-    if error > _TOLERANCE[stage.dtype]:
+    error = relative_error(chunked[_CUT:], whole[_CUT:])
+    if error > TOLERANCE[stage.dtype]:
         raise ModelUnfit(
             f"{stage.architecture} cannot be split: layers {stage.start_layer}:{stage.end_layer} "
             f"give other results in two chunks than in one (relative error {error:.2g}); it "
@@ -80,7 +80,7 @@ def check_stage(stage: Stage) -> None:
         )
 
 
-def _relative_error(result: Tensor, expected: Tensor) -> float:
+def relative_error(result: Tensor, expected: Tensor) -> float:
     """Median over rows of |difference| / |expected|."""
     difference = (result.float() - expected.float()).norm(dim=1)
     ratios = difference / expected.float().norm(dim=1).clamp_min(1e-12)

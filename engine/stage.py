@@ -9,7 +9,7 @@ beyond the step at hand.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine import attention
+from engine.adapter_places import Places
 from engine.architecture import (
     DTYPES,
     Architecture,
@@ -28,6 +29,7 @@ from engine.architecture import (
 from engine.attention import StageRun, StepContext, slots_of
 from engine.checkpoint import Checkpoint
 from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
+from engine.lora_layers import Adapter, applied
 from engine.masks import MaskNotes, Rule
 from engine.outline import before_and_after, put_slots, stub_unloaded
 from engine.plan import plan_section
@@ -58,9 +60,11 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         stage_bytes: int,
+        places: Places,
         feeds_token_ids: bool = False,
     ) -> None:
         """Take a loaded model over; `load_stage` is the way to make one."""
+        self.places = places  # where adapters can be applied
         self.model_name, self.fingerprint = checkpoint.name, checkpoint.fingerprint
         self.read_bytes, self.stage_bytes = checkpoint.read_bytes, stage_bytes
         self.architecture = architecture.name
@@ -87,6 +91,11 @@ class Stage:
         """What each attention call of the section keeps per token."""
         return dict(self._shapes)
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Everything that the model consists of here, slots and stand-ins included."""
+        modules: Iterator[torch.nn.Module] = self._model.modules()
+        return modules
+
     def new_cache(self, num_blocks: int) -> BlockCache:
         """Make empty KV blocks for one lease: `num_blocks` * `block_bytes` bytes."""
         return BlockCache(self._shapes, num_blocks, self.dtype, self.device)
@@ -99,7 +108,7 @@ class Stage:
         Args:
             token_ids: (tokens,) int64, all runs' tokens one after the other.
             hidden: (tokens, hidden_size), dtype of the weights, what the stage before gave.
-            runs: which sequence each stretch of tokens belongs to, and where.
+            runs: which sequence each stretch of tokens belongs to, where, and its adapter.
             cache: written in place for these positions.
         Returns:
             (tokens, hidden_size), same dtype, on `self.device`; never an alias of `hidden`.
@@ -116,13 +125,15 @@ class Stage:
             slots=slots_of(runs, self.device),
             rules=self._rules,
         )
-        return self._layers(token_ids, hidden, context)
+        with applied([(run.adapter, run.num_tokens) for run in runs], self.device):
+            return self._layers(token_ids, hidden, context)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: Sequence[Adapter | None] = ()) -> Tensor:
         """Final norm and lm_head on what `forward` returned.
 
         Args:
             hidden: (rows, hidden_size) of the tokens that want a next one.
+            adapters: of each row's sequence; none of any where it is empty.
         Returns:
             (rows, vocab_size) float32, on `self.device`.
         """
@@ -131,7 +142,11 @@ class Stage:
         self._conductor.tail_pass(hidden.unsqueeze(0))
         runs = [StageRun(start=0, num_tokens=rows, rope_length=rows, blocks=_NO_BLOCKS)]
         context = StepContext(runs=runs, cache=None, device=self.device, slots=_NO_BLOCKS)
-        with torch.inference_mode(), attention.running(context):
+        with (
+            torch.inference_mode(),
+            attention.running(context),
+            applied([(adapter, 1) for adapter in adapters], self.device),
+        ):
             out = self._call(hidden.unsqueeze(0), torch.zeros_like(hidden[:, 0]).long(), context)
         logits: Tensor = out.logits[0]
         return logits.float()
@@ -258,7 +273,7 @@ def _make_stage(
     start, end = plan_section(model, architecture, layers=layers, sections=sections, index=index)
     conductor = Conductor(start, end, architecture.num_layers)
     try:
-        held = _load_section(
+        held, places = _load_section(
             model, architecture, checkpoint, conductor, device, progress, staging, feeds_token_ids
         )
         by_length(model)
@@ -270,6 +285,7 @@ def _make_stage(
             device=device,
             dtype=dtype,
             stage_bytes=held,
+            places=places,
             feeds_token_ids=feeds_token_ids,
         )
         check_stage(stage)
@@ -292,7 +308,7 @@ def _load_section(
     progress: LoadProgress | None,
     staging: Staging | None,
     feeds_token_ids: bool,
-) -> int:
+) -> tuple[int, Places]:
     """Bring the section's weights in and put slots and stand-ins where the rest was."""
     path, layers = find_layers(model, architecture)
     plan = WeightPlan(model, architecture, checkpoint)
@@ -305,6 +321,8 @@ def _load_section(
     def wanted(name: str) -> bool:
         return name.startswith(own_layers) or name.rpartition(".")[0] in own_modules
 
+    own = {it.removesuffix(".") for it in own_layers} | own_modules
+    places = Places(model, architecture, path, own=own, before=before)
     total = plan.source_bytes(wanted) if progress is not None else 0
     done = 0
 
@@ -320,7 +338,7 @@ def _load_section(
     put_slots(model, path, layers, conductor)
     stub_unloaded(model, device)
     fill_buffers(model, device)
-    return held
+    return held, places
 
 
 def _at_hand(

@@ -21,6 +21,7 @@ from manager.cli import Interrupted
 from manager.generation import GenerationOptions
 from manager.metrics import summary
 from manager.options import (
+    ADAPTER,
     LLAMA_SERVER,
     ConnectionConfig,
     connection_options,
@@ -127,12 +128,13 @@ def _check_paths(paths: dict[str, Path | None]) -> None:
 @click.option("--chat", is_flag=True, help="A prompt is a message, in the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
 @click.option("--base-model", metavar="DIR|HUB_ID", help="The same as --model.")
-@click.option("--adapter", metavar="DIR", help="Comes with fine-tuning; refused until then.")
+@ADAPTER
 @connection_options
 def batch(
     connection: ConnectionConfig,
     base_model: str | None,
     adapter: str | None,
+    options: GenerationOptions,
     chat: bool,
     system: str | None,
     **values: Any,
@@ -142,12 +144,8 @@ def batch(
     A batch that was interrupted goes on where it ended when the same command is run again.
     Exit code 1 when any row failed; its result says why.
     """
-    if adapter is not None:
-        raise UsageError(
-            f"--adapter {adapter}: adapters come with fine-tuning, which is not there yet; "
-            "leave it out to run the base model."
-        )
     config = BatchConfig(
+        options=replace(options, adapter=adapter),
         connection=_with_model(connection, base_model),
         template=Template(chat=chat, system=system),
         **values,
@@ -176,6 +174,7 @@ async def run(config: BatchConfig, rows: Sequence[Row], results: Results) -> Non
             notices,
             max_sequences=min(config.batch_size, len(rows)),
             max_tokens_hint=lambda encoder: longest(rows, encoder),
+            adapters=adapters_of(rows),
         ) as server:
             results.begin({**server.identity, **asdict(config.options), **asdict(config.template)})
             num_kept = len(results.done)
@@ -206,6 +205,11 @@ async def run(config: BatchConfig, rows: Sequence[Row], results: Results) -> Non
     if results.num_failed:
         where = "the results" if config.output is None else config.output
         raise Error(f"{results.num_failed} of {len(rows)} rows failed: {where} has why, row by row")
+
+
+def adapters_of(rows: Sequence[Row]) -> list[str]:
+    """What the rows say of adapters, each once, in their order."""
+    return list(dict.fromkeys(row.options.adapter for row in rows if row.options.adapter))
 
 
 def publish(config: BatchConfig, report: dict[str, Any], notices: Notices) -> None:

@@ -158,6 +158,8 @@ def result_of(row: Row, completion: Completion | None, error: str | None) -> Res
     asked: Result = {"prompt": row.prompt}
     if row.messages is not None:
         asked = {"messages": row.messages}
+    if row.options.adapter is not None:
+        asked["adapter"] = row.options.adapter
     result: Result = {"index": row.index, "id": row.id, **asked, "text": ""}
     if completion is None:
         return {**result, "finish_reason": "error", **dict.fromkeys(MEASURED), "error": error}

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from manager.adapter_book import spawned_adapters
 from manager.event_loop import in_background
 from manager.options import LLAMA_SERVER, ConnectionConfig
 from manager.output import Notices
 from manager.spawn import SpawnConfig, SpawnedWorkers, SpawnProgress
+from proto.errors import UsageError
 
 if TYPE_CHECKING:
     from manager.dispatcher import Trace
@@ -32,14 +34,31 @@ async def open_server(
     *,
     max_sequences: int,
     max_tokens_hint: TokensHint | None,
+    adapters: Collection[str] = (),
 ) -> AsyncIterator[TextServer]:
-    """Whatever runs the model, for the block. The last two are what a pipeline asks room for."""
+    """Whatever runs the model, for the block.
+
+    Args:
+        max_sequences, max_tokens_hint: what a pipeline asks room for.
+        adapters: that requests are going to name: names, folders, or NAME=DIR.
+    Raises:
+        Error: there is nothing that runs it, or no such adapter; in one sentence.
+    """
     if config.backend == LLAMA_SERVER:
+        for adapter in adapters:
+            raise UsageError(
+                f"--adapter {adapter} means nothing to a llama-server, which was started with "
+                "its adapters: leave it out, or run the model on workers."
+            )
         async with _open_llama_server(config, notices) as server:
             yield server
         return
     async with open_pipeline(
-        config, notices, max_sequences=max_sequences, max_tokens_hint=max_tokens_hint
+        config,
+        notices,
+        max_sequences=max_sequences,
+        max_tokens_hint=max_tokens_hint,
+        adapters=adapters,
     ) as pipeline:
         yield pipeline
 
@@ -71,9 +90,10 @@ async def open_pipeline(
     *,
     max_sequences: int,
     max_tokens_hint: TokensHint | None,
+    adapters: Collection[str] = (),
 ) -> AsyncIterator[Pipeline]:
     """A pipeline for the block; then leases are given back and spawned workers ended."""
-    async with _workers(config, notices) as workers:
+    async with _workers(config, notices, adapters) as workers:
         from manager.pipeline import Pipeline
 
         trace = _open_trace(config)
@@ -92,18 +112,26 @@ async def open_pipeline(
                 trace.close()
             raise
         async with pipeline:
+            if adapters:
+                notices.show("looking for the adapters")
+                await pipeline.provide_adapters(adapters)
             notices.clear()
             yield pipeline
 
 
 @asynccontextmanager
 async def _workers(
-    config: ConnectionConfig, notices: Notices
+    config: ConnectionConfig, notices: Notices, adapters: Collection[str]
 ) -> AsyncIterator[str | list[str] | None]:
     if config.spawn is None:
         yield config.workers
         return
-    spawn = SpawnConfig(count=config.spawn, model=config.model, secret_file=config.secret_file)
+    spawn = SpawnConfig(
+        count=config.spawn,
+        model=config.model,
+        secret_file=config.secret_file,
+        adapters=spawned_adapters(adapters),
+    )
     started_s = time.monotonic()
     notices.show(f"starting {spawn.count} workers")
     # What the manager needs of torch loads meanwhile, in a thread.

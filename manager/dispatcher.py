@@ -27,6 +27,7 @@ from engine.requests import (
     TopologyLost,
 )
 from engine.scheduler import Scheduler
+from manager.adapter_book import AdapterUse
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions
 from manager.sequences import ActiveSequence
@@ -96,10 +97,12 @@ class Dispatcher:
         prompt: Prompt,
         options: GenerationOptions,
         on_prefill: Callable[[int, int], None] | None = None,
+        adapter: AdapterUse | None = None,
     ) -> ActiveSequence:
         """Start a request; its pieces come by themselves.
 
         Args:
+            adapter: that all workers know of; the caller's until the request is over.
             on_prefill: called with (prompt tokens computed, prompt tokens) while a prompt is read.
         Raises:
             RequestRefused: it can never run; says the numbers.
@@ -108,7 +111,14 @@ class Dispatcher:
         if self._lost is not None:
             raise self._lost
         number = next(self._numbers)
-        sequence = ActiveSequence(number, prompt, options, self._vocabulary, time.monotonic())
+        sequence = ActiveSequence(
+            number,
+            prompt,
+            options,
+            self._vocabulary,
+            time.monotonic(),
+            None if adapter is None else adapter.number,
+        )
         sequence.on_prefill = on_prefill
         self._active[number] = sequence
         request = Request(
@@ -116,7 +126,7 @@ class Dispatcher:
             prompt=prompt.token_ids,
             max_new_tokens=options.max_new_tokens,
             eos=(frozenset() if options.ignore_eos else self._eos).union(options.stop_token_ids),
-            prompt_salt=self._prompt_salt(len(prompt.token_ids)),
+            prompt_salt=self._salt(len(prompt.token_ids), adapter),
         )
         self._apply(Submitted(request))
         refusal = self._refusals.pop(number, None)
@@ -166,6 +176,11 @@ class Dispatcher:
         self._end_active("cancelled", reason)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _salt(self, prompt_tokens: int, adapter: AdapterUse | None) -> int | str:
+        """Prompts share their beginnings where model and adapter are the same, by content."""
+        salt = self._prompt_salt(prompt_tokens)
+        return salt if adapter is None else f"{adapter.fingerprint} {salt}"
 
     def _end_active(self, reason: str, error: str) -> None:
         now_s = time.monotonic()

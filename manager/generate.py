@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +16,7 @@ import click
 from manager import event_loop
 from manager.encoding import check_text
 from manager.generation import Completion, GenerationOptions, Piece
-from manager.options import ConnectionConfig, connection_options, sampling_options
+from manager.options import ADAPTER, ConnectionConfig, connection_options, sampling_options
 from manager.output import Notices, TextWriter, describe_worker, summary
 from proto.errors import Error, UsageError
 
@@ -30,7 +30,7 @@ class GenerateConfig:
     """What `manager generate` was asked for."""
 
     prompt: str
-    options: GenerationOptions
+    options: GenerationOptions  # with the adapter as the command line says it
     connection: ConnectionConfig
     chat: bool = False
     system: str | None = None
@@ -55,14 +55,18 @@ class GenerateConfig:
 @click.option("--chat", is_flag=True, help="The prompt is a message, in the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
+@ADAPTER
 @connection_options
-def generate(prompt: str, **values: object) -> None:
+def generate(
+    prompt: str, adapter: str | None, options: GenerationOptions, **values: object
+) -> None:
     """Continue PROMPT, or answer it with --chat; text streams to stdout as it comes.
 
     A PROMPT of - is read from stdin, without the line break at its end.
     """
     text = read_stdin() if prompt == "-" else prompt
-    config = GenerateConfig(prompt=text, **values)  # type: ignore[arg-type]
+    options = replace(options, adapter=adapter)
+    config = GenerateConfig(prompt=text, options=options, **values)  # type: ignore[arg-type]
     event_loop.run(run(config))
 
 
@@ -82,7 +86,11 @@ async def run(config: GenerateConfig) -> None:
 
     try:
         async with open_server(
-            config.connection, notices, max_sequences=1, max_tokens_hint=count_tokens
+            config.connection,
+            notices,
+            max_sequences=1,
+            max_tokens_hint=count_tokens,
+            adapters=[] if config.options.adapter is None else [config.options.adapter],
         ) as server:
             prompt = prompts[0] if prompts else config.encode(server)
             shown = _Shown(config, notices)

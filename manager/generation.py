@@ -34,6 +34,7 @@ class GenerationOptions:
     stop_token_ids: tuple[int, ...] = ()  # so does any of these tokens, beside the model's own
     logprobs: int = 0  # most likely alternatives wanted with every token; 0: no log-probabilities
     ignore_eos: bool = False  # the model's own end tokens do not end it; for benchmarks
+    adapter: str | None = None  # by name, of those that the workers hold; None: the model alone
 
     def __post_init__(self) -> None:
         _check_whole("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
@@ -46,6 +47,8 @@ class GenerationOptions:
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
         _check_texts("stop", self.stop)
+        if self.adapter is not None and not (isinstance(self.adapter, str) and self.adapter):
+            raise RequestRefused(f"adapter is {self.adapter!r}; it takes an adapter's name.")
 
     @property
     def looks_back(self) -> bool:

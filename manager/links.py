@@ -8,20 +8,30 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, TypeVar
 
 from proto.address import Address
-from proto.errors import WorkerLost, WorkerRefused
+from proto.errors import AdapterError, WorkerLost, WorkerRefused
 from proto.framing import Buffer, Frame
 from proto.link import Link, connect
 from proto.messages import (
+    AdapterDone,
+    AdapterFacts,
+    AdapterRefused,
+    Adapters,
+    AdaptersRequest,
+    AddAdapter,
+    DropAdapter,
+    KeepAdapter,
     Lease,
     Leased,
     LinkLost,
     Message,
     Refused,
     Release,
+    ReleaseAdapter,
     Role,
     Route,
     Routed,
@@ -29,6 +39,7 @@ from proto.messages import (
     StatusRequest,
     StepDone,
     StepReport,
+    UseAdapter,
     WorkerFacts,
 )
 
@@ -39,6 +50,23 @@ LEASE_TIMEOUT_S: Final = 30.0
 # The worker opens a link of its own meanwhile, handshake included.
 ROUTE_TIMEOUT_S: Final = 15.0
 STATUS_TIMEOUT_S: Final = 5.0
+# A worker reads an adapter from its disk, beside the steps that it computes.
+ADAPTER_TIMEOUT_S: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """What was asked and not answered yet."""
+
+    kind: type[Message]  # of the answer
+    answered: asyncio.Future[Message]
+    adapter: str | None = None  # that it is about
+
+    def fits(self, answer: Message) -> bool:
+        """Whether this is the answer to it."""
+        if not isinstance(answer, self.kind):
+            return False
+        return not isinstance(answer, AdapterDone) or answer.adapter.name == self.adapter
 
 
 class WorkerLink:
@@ -51,7 +79,7 @@ class WorkerLink:
         self.on_link_lost: Callable[[LinkLost], None] | None = None
         self.on_lost: Callable[[WorkerLost], None] | None = None
         self._link = link
-        self._questions: deque[tuple[type[Message], asyncio.Future[Message]]] = deque()
+        self._questions: deque[Question] = deque()
         link.on_frame = self._on_frame
         link.on_closed = self._on_closed
 
@@ -100,6 +128,27 @@ class WorkerLink:
         """
         return await self._ask(StatusRequest(), Status, STATUS_TIMEOUT_S)
 
+    async def adapters(self) -> list[AdapterFacts]:
+        """Those that it holds for everybody, by name.
+
+        Raises:
+            WorkerLost: no answer came.
+        """
+        return (await self._ask(AdaptersRequest(), Adapters, STATUS_TIMEOUT_S)).adapters
+
+    async def adapter(
+        self, question: AddAdapter | KeepAdapter | DropAdapter | UseAdapter
+    ) -> AdapterFacts:
+        """Ask something about one adapter; how it stands then.
+
+        Raises:
+            AdapterError: no, and why, in the worker's own words.
+            WorkerLost: no answer came.
+        """
+        name = question.name
+        done = await self._ask(question, AdapterDone, ADAPTER_TIMEOUT_S, adapter=name)
+        return done.adapter
+
     async def ping(self) -> float:
         """Measure the round trip now, in seconds."""
         return await self._link.ping()
@@ -119,6 +168,11 @@ class WorkerLink:
         if self._link.is_open:
             self._link.send(Release(lease=lease))
 
+    def release_adapter(self, lease: bytes, number: int) -> None:
+        """No run of the lease has this number any more; a worker that is gone needs no word."""
+        if self._link.is_open:
+            self._link.send(ReleaseAdapter(lease=lease, number=number))
+
     async def close(self, reason: str = "done") -> None:
         """Say goodbye."""
         self._link.on_closed = None
@@ -127,11 +181,17 @@ class WorkerLink:
     # --- inside ------------------------------------------------------------------------------
 
     async def _ask(
-        self, question: Message, kind: type[Answer], timeout_s: float, epoch: int = 0
+        self,
+        question: Message,
+        kind: type[Answer],
+        timeout_s: float,
+        *,
+        epoch: int = 0,
+        adapter: str | None = None,
     ) -> Answer:
         answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self.send(question, epoch=epoch)
-        self._questions.append((kind, answered))
+        self._questions.append(Question(kind, answered, adapter))
         try:
             answer = await asyncio.wait_for(answered, timeout_s)
         except asyncio.TimeoutError:
@@ -156,39 +216,45 @@ class WorkerLink:
                 self._answer_badly(
                     WorkerRefused(f"worker {self.address} cannot reach {next_worker}: {reason}")
                 )
+            case AdapterRefused(name=name, reason=reason):
+                self._refuse_adapter(name, reason)
             case Refused(reason=reason):
                 self._answer_badly(WorkerRefused(f"worker {self.address} refused: {reason}"))
             case answer:
                 self._answer(answer)
 
     def _routing(self) -> bool:
-        return any(kind is Routed for kind, _ in self._questions)
+        return any(question.kind is Routed for question in self._questions)
 
     def _answer(self, answer: Message) -> None:
-        for question in self._questions:
-            kind, answered = question
-            if isinstance(answer, kind):
-                self._questions.remove(question)
-                if not answered.done():
-                    answered.set_result(answer)
-                return
+        self._settle(next((it for it in self._questions if it.fits(answer)), None), answer)
 
     def _answer_badly(self, error: WorkerRefused) -> None:
         """A refusal answers the oldest lease or route; a status is never refused."""
-        for question in self._questions:
-            kind, answered = question
-            if kind is not Status:
-                self._questions.remove(question)
-                if not answered.done():
-                    answered.set_exception(error)
-                return
+        asked = (it for it in self._questions if it.kind in (Leased, Routed))
+        self._settle(next(asked, None), error)
+
+    def _refuse_adapter(self, name: str, reason: str) -> None:
+        asked = (it for it in self._questions if it.kind is AdapterDone and it.adapter == name)
+        self._settle(next(asked, None), AdapterError(f"worker {self.address}: {reason}."))
+
+    def _settle(self, question: Question | None, answer: Message | Exception) -> None:
+        if question is None:
+            return
+        self._questions.remove(question)
+        if question.answered.done():  # nobody waits for it any more
+            return
+        if isinstance(answer, Exception):
+            question.answered.set_exception(answer)
+        else:
+            question.answered.set_result(answer)
 
     def _on_closed(self, error: Exception | None) -> None:
         lost = self._as_lost(error)
         questions, self._questions = self._questions, deque()
-        for _, answered in questions:
-            if not answered.done():
-                answered.set_exception(lost)
+        for question in questions:
+            if not question.answered.done():
+                question.answered.set_exception(lost)
         if self.on_lost is not None:
             self.on_lost(lost)
 

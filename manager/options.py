@@ -81,6 +81,18 @@ TRACE: Final = click.option(
 )
 
 
+class WorkersOwn(click.Option):
+    """An option whose name stands for something else among the workers' settings."""
+
+    settings_table = "worker"
+
+
+ADAPTER: Final = click.option(
+    "--adapter",
+    cls=WorkersOwn,  # COMBOIO_ADAPTER says which ones a worker holds, not which one to use
+    metavar="NAME|DIR",
+    help="Apply this LoRA adapter: by the name that the workers hold it under, or its folder.",
+)
 BACKEND: Final = click.option(
     "--backend",
     type=click.Choice([PIPELINE, LLAMA_SERVER]),

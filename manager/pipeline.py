@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from engine.requests import Stats
 from engine.scheduler import Scheduler
+from manager.adapter_book import AdapterBook
 from manager.dispatcher import Dispatcher, Trace
 from manager.encoding import Encoder, Message, Prompt
 from manager.event_loop import in_background
@@ -75,6 +77,7 @@ class Pipeline:
         trace: Trace | None,
     ) -> None:
         self._chain, self._lease, self._trace = chain, lease, trace
+        self._adapters = AdapterBook(chain.links, lease)
         self._encoder, entry = loaded.encoder, loaded.entry
         self._encoding = asyncio.Lock()  # one long prompt at a time leaves the loop
         self.max_context: Final = chain.facts[0].max_context
@@ -181,6 +184,7 @@ class Pipeline:
             "model": self.model_name,
             "fingerprint": facts.fingerprint,
             "dtype": facts.dtype,
+            "adapters": dict(sorted(self._adapters.fingerprints.items())) or None,
         }
 
     @property
@@ -214,6 +218,17 @@ class Pipeline:
 
     # --- requests ----------------------------------------------------------------------------
 
+    async def provide_adapters(self, wanted: Collection[str]) -> None:
+        """Let requests name each of these as their adapter: a name, a folder, or NAME=DIR.
+
+        Names that the workers hold need no word before they are used. A folder that they do not
+        hold is loaded on their machines, for this pipeline only.
+
+        Raises:
+            AdapterError: there is no such adapter, or a worker cannot load it.
+        """
+        await self._adapters.provide(wanted)
+
     def encode(self, text: str) -> Prompt:
         """A plain prompt's tokens."""
         return self._encoder.encode(text)
@@ -237,12 +252,9 @@ class Pipeline:
             RequestRefused: it can never run: empty, or longer than the context or the KV.
             WorkerLost: a worker went away before the request.
         """
-        sequence = await self._submit(prompt, options, on_prefill)
-        try:
+        async with self._request(prompt, options, on_prefill) as sequence:
             async for piece in sequence.pieces():
                 yield piece
-        finally:
-            self._dispatcher.cancel(sequence)
 
     async def generate(
         self,
@@ -259,21 +271,41 @@ class Pipeline:
         Raises:
             RequestRefused, WorkerLost: as `stream`.
         """
-        sequence = await self._submit(prompt, options, on_prefill)
-        try:
+        async with self._request(prompt, options, on_prefill) as sequence:
             async for piece in sequence.pieces():
                 if on_piece is not None:
                     on_piece(piece)
-        finally:
-            self._dispatcher.cancel(sequence)
         return sequence.completion()
 
-    async def _submit(
+    @asynccontextmanager
+    async def _request(
         self,
         prompt: str | Sequence[int] | Prompt,
         options: GenerationOptions,
         on_prefill: OnPrefill | None,
-    ) -> ActiveSequence:
+    ) -> AsyncIterator[ActiveSequence]:
+        """A request for the block; then nothing is left of it here or on the workers."""
+        prompt = await self._checked(prompt)
+        adapter = None
+        if options.adapter is not None:
+            adapter = await self._adapters.acquire(options.adapter)
+        try:
+            sequence = self._dispatcher.submit(prompt, options, on_prefill, adapter)
+            try:
+                yield sequence
+            finally:
+                self._dispatcher.cancel(sequence)
+        finally:
+            if adapter is not None:
+                self._adapters.release(adapter)
+
+    async def _checked(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
+        """A prompt's tokens, which the model knows.
+
+        Raises:
+            RequestRefused: one is none of the model's.
+            UsageError: the pipeline is closed.
+        """
         if isinstance(prompt, str):
             prompt = await self._encode(prompt)
         elif not isinstance(prompt, Prompt):
@@ -286,7 +318,7 @@ class Pipeline:
             raise RequestRefused(
                 f"the prompt has token id {stranger}, the model's ids are 0 to {vocab_size - 1}."
             )
-        return self._dispatcher.submit(prompt, options, on_prefill)
+        return prompt
 
     async def _encode(self, text: str) -> Prompt:
         if len(text) < INLINE_CHARS:
@@ -313,6 +345,7 @@ class Pipeline:
             return
         self._closed = True
         self._dispatcher.end_all("the pipeline was closed")
+        self._adapters.close()
         await self._writer.close()
         if self._trace is not None and self._dispatcher.lost is None:
             # An answer comes behind everything that a worker said before: the last reports.

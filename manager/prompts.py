@@ -29,6 +29,7 @@ OPTION_KEYS: Final = (
     "repetition_penalty",
     "seed",
     "stop",
+    "adapter",
 )
 # What other programs call the same thing. Data sets bring keys of their own, which are left
 # alone, but one that was meant to change the text must not be passed over in silence.
@@ -58,6 +59,8 @@ class Row:
     def key(self) -> str:
         """A digest of everything that its text depends on, beside the model."""
         options = {name: getattr(self.options, name) for name in OPTION_KEYS}
+        if options["adapter"] is None:  # as rows were before there were adapters
+            del options["adapter"]
         content = {"prompt": self.prompt, "messages": self.messages, "options": options}
         canonical = json.dumps(content, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
@@ -228,6 +231,8 @@ def _options(
         if not isinstance(stop, list):
             raise place.bad(f"stop is {_shown(stop)}; it takes a text or a list of texts.")
         own["stop"] = tuple(_text(place, "a stop text", text) for text in stop)
+    if values.get("adapter") == "":  # the model alone, whatever the other rows use
+        own["adapter"] = None
     try:
         return replace(options, **own)
     except RequestRefused as exc:

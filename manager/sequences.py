@@ -32,7 +32,9 @@ class ActiveSequence:
         options: GenerationOptions,
         vocabulary: Vocabulary,
         now_s: float,
+        adapter: int | None = None,
     ) -> None:
+        self.adapter = adapter  # its number in this lease; None: the model alone
         self.number, self.prompt, self.options = number, prompt, options
         self.seed = secrets.randbits(63) if options.seed is None else options.seed
         self.on_prefill: Callable[[int, int], None] | None = None  # tokens done, tokens in all

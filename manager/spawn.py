@@ -32,6 +32,7 @@ class SpawnConfig:
     dtype: str = "auto"
     kv_memory: str | None = None
     secret_file: Path | None = None
+    adapters: tuple[tuple[str, str], ...] = ()  # (name, folder)
     threads: int | None = None  # of each; None: the cores divided
     ready_deadline_s: float | None = None  # None: a large checkpoint may take as long as it needs
 
@@ -144,6 +145,8 @@ def words_of(config: SpawnConfig, index: int) -> list[str]:
         words += ["--model", config.model]
     if config.kv_memory is not None:
         words += ["--kv-memory", config.kv_memory]
+    for name, folder in config.adapters:
+        words += ["--adapter", f"{name}={folder}"]
     if config.secret_file is not None:
         words += ["--secret-file", str(config.secret_file)]
     return words

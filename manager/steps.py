@@ -123,6 +123,7 @@ def _run(planned: PlannedRun, sequence: ActiveSequence) -> Run:
         rope_length=planned.rope_length,
         sampling=sequence.sampling(planned.draw) if planned.draws else None,
         state_slot=planned.state_slot,
+        adapter=sequence.adapter,
     )
 
 

@@ -24,7 +24,7 @@ from manager.options import SECRET_FILE, WORKERS
 from manager.tables import milliseconds, size, table
 from manager.topology import call_each, call_neighbours, close_all
 from proto.errors import Error
-from proto.messages import Role, Status, WorkerFacts
+from proto.messages import AdapterFacts, Role, Status, WorkerFacts
 from proto.secret import read_secret_file
 
 TITLES = (
@@ -41,6 +41,7 @@ TITLES = (
     "RTT MS",
     "MEMORY",
     "LEASES",
+    "ADAPTERS",
 )
 
 
@@ -52,6 +53,7 @@ class WorkerView:
     facts: WorkerFacts
     status: Status
     rtt_s: float
+    adapters: tuple[AdapterFacts, ...]  # that everybody may use
 
     def cells(self) -> tuple[str, ...]:
         """A row of the table."""
@@ -71,6 +73,7 @@ class WorkerView:
             milliseconds(self.rtt_s),
             size(status.rss_bytes),
             str(status.leases),
+            self._adapters(),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -80,7 +83,16 @@ class WorkerView:
             "rtt_s": self.rtt_s,
             "facts": msgspec.structs.asdict(self.facts),
             "status": msgspec.structs.asdict(self.status),
+            "adapters": [msgspec.structs.asdict(it) for it in self.adapters],
         }
+
+    def _adapters(self) -> str:
+        """Names, and the memory of all, those that are being used up included."""
+        names = [it.name for it in self.adapters]
+        others = self.status.adapters - len(names)
+        if others > 0:
+            names.append(f"{others} unnamed")
+        return f"{', '.join(names)} ({size(self.status.adapter_bytes)})" if names else "-"
 
 
 @click.command()
@@ -131,5 +143,5 @@ def remark_on_chain(views: Sequence[WorkerView]) -> None:
 
 
 async def _look(link: WorkerLink) -> WorkerView:
-    status, rtt_s = await asyncio.gather(link.status(), link.ping())
-    return WorkerView(str(link.address), link.facts, status, rtt_s)
+    status, rtt_s, adapters = await asyncio.gather(link.status(), link.ping(), link.adapters())
+    return WorkerView(str(link.address), link.facts, status, rtt_s, tuple(adapters))

@@ -29,6 +29,10 @@ class ModelUnfit(ModelError):
     """The checkpoint is whole, but its architecture cannot be run in sections."""
 
 
+class AdapterError(UsageError):
+    """An adapter that cannot be served: missing, damaged, of another kind, or of another model."""
+
+
 class SplitError(UsageError):
     """The layers cannot be spread over the stages asked for."""
 

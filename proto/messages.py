@@ -21,6 +21,9 @@ MAX_NAME_CHARS: Final = 256
 MAX_REASON_CHARS: Final = 4096
 MAX_RUNS: Final = 4096
 MAX_STAGES: Final = 1024
+MAX_ADAPTERS: Final = 128  # on one worker; their list fits the metadata of a frame
+MAX_ADAPTER_NAME_CHARS: Final = 64
+MAX_ADAPTER_PATH_CHARS: Final = 1024
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bytes = Annotated[int, Meta(ge=0, le=2**53)]
@@ -29,6 +32,8 @@ Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Mac = Annotated[bytes, Meta(min_length=32, max_length=32)]
+AdapterName = Annotated[str, Meta(min_length=1, max_length=MAX_ADAPTER_NAME_CHARS)]
+AdapterPath = Annotated[str, Meta(min_length=1, max_length=MAX_ADAPTER_PATH_CHARS)]
 LeaseId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 SequenceId = Annotated[int, Meta(ge=0, le=2**53)]
 StepId = Annotated[int, Meta(ge=0, le=2**53)]
@@ -230,6 +235,7 @@ class Run(Struct, frozen=True, kw_only=True):
     )
     sampling: Sampling | None = None  # None: more of the prompt follows, nothing is drawn
     state_slot: Count | None = None  # place of its fixed-size state; None where the model has none
+    adapter: Count | None = None  # the number that UseAdapter gave it; None: the model alone
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -293,6 +299,87 @@ class StepReport(Message, frozen=True, kw_only=True):
     sent_s: Seconds  # the frame to the next is handed to the socket
 
 
+# --- adapters --------------------------------------------------------------------------------
+
+
+class AdapterFacts(Struct, frozen=True, kw_only=True):
+    """What a worker says of an adapter that it holds."""
+
+    name: AdapterName
+    path: AdapterPath  # its folder, on the worker's machine
+    fingerprint: Name  # hex digest of its config, list of tensors, and a sample of each
+    num_bytes: Bytes  # held in memory, of this stage's layers
+    num_modules: Count  # that it adapts in this stage's layers
+    leases: Count  # that use it now
+
+
+class AdaptersRequest(Message, frozen=True, kw_only=True):
+    """Anyone to worker: which adapters do you hold?"""
+
+    TAG = 64
+
+
+class Adapters(Message, frozen=True, kw_only=True):
+    """Worker's answer: those that everybody may use, by name."""
+
+    TAG = 65
+    adapters: Annotated[list[AdapterFacts], Meta(max_length=MAX_ADAPTERS)]
+
+
+class AddAdapter(Message, frozen=True, kw_only=True):
+    """Manager to worker: load an adapter for this link alone, and until the link closes."""
+
+    TAG = 66
+    name: AdapterName
+    path: AdapterPath  # a folder on the worker's machine
+
+
+class KeepAdapter(Message, frozen=True, kw_only=True):
+    """Manager to worker: what this link added is for everybody from now on, and stays."""
+
+    TAG = 67
+    name: AdapterName
+
+
+class DropAdapter(Message, frozen=True, kw_only=True):
+    """Manager to worker: nobody new may use it; it is freed when the last lease lets it go."""
+
+    TAG = 68
+    name: AdapterName
+
+
+class UseAdapter(Message, frozen=True, kw_only=True):
+    """Manager to worker: in this lease's runs, `number` is going to mean this adapter."""
+
+    TAG = 69
+    lease: LeaseId
+    number: Count
+    name: AdapterName
+
+
+class ReleaseAdapter(Message, frozen=True, kw_only=True):
+    """Manager to worker: no run of this lease has this number any more."""
+
+    TAG = 70
+    lease: LeaseId
+    number: Count
+
+
+class AdapterDone(Message, frozen=True, kw_only=True):
+    """Worker to manager: what was asked about this adapter is done, and so it stands now."""
+
+    TAG = 71
+    adapter: AdapterFacts
+
+
+class AdapterRefused(Message, frozen=True, kw_only=True):
+    """Worker to manager: no, and why, in one sentence; the link stays."""
+
+    TAG = 72
+    name: AdapterName
+    reason: Reason
+
+
 # --- looking after a link --------------------------------------------------------------------
 
 
@@ -337,6 +424,8 @@ class Status(Message, frozen=True, kw_only=True):
     leases: Count
     gpu_memory_bytes: Bytes | None = None
     gpu_busy: Annotated[float, Meta(ge=0, le=1)] | None = None
+    adapters: Count = 0  # held, those that wait for their last lease included
+    adapter_bytes: Bytes = 0  # of memory
 
 
 MESSAGES: Final[dict[int, type[Message]]] = {
@@ -358,6 +447,15 @@ MESSAGES: Final[dict[int, type[Message]]] = {
         Step,
         StepDone,
         StepReport,
+        AdaptersRequest,
+        Adapters,
+        AddAdapter,
+        KeepAdapter,
+        DropAdapter,
+        UseAdapter,
+        ReleaseAdapter,
+        AdapterDone,
+        AdapterRefused,
         Ping,
         Pong,
         StatusRequest,

@@ -29,9 +29,16 @@ from proto.framing import (
 from proto.messages import (
     MAX_REASON_CHARS,
     PROTOCOL_VERSION,
+    AdapterDone,
+    AdapterRefused,
+    Adapters,
+    AdaptersRequest,
+    AddAdapter,
     Challenge,
+    DropAdapter,
     Goodbye,
     Hello,
+    KeepAdapter,
     Lease,
     Leased,
     LinkLost,
@@ -42,6 +49,7 @@ from proto.messages import (
     ProofAccepted,
     Refused,
     Release,
+    ReleaseAdapter,
     Role,
     Route,
     Routed,
@@ -50,6 +58,7 @@ from proto.messages import (
     Step,
     StepDone,
     StepReport,
+    UseAdapter,
     Welcome,
 )
 
@@ -97,14 +106,22 @@ TRANSITIONS: Final[dict[tuple[State, Side, type[Message]], State]] = {
 
 # What each side may say on an open link, by the role that the opener's Hello named.
 CONVERSATION: Final[dict[tuple[Role, Side], frozenset[type[Message]]]] = {
-    (Role.MANAGER, OPENER): frozenset({Lease, Route, Release, Step, StatusRequest, Ping, Pong}),
+    (Role.MANAGER, OPENER): frozenset(
+        {
+            *(Lease, Route, Release, Step, StatusRequest, Ping, Pong),
+            *(AdaptersRequest, AddAdapter, KeepAdapter, DropAdapter, UseAdapter, ReleaseAdapter),
+        }
+    ),
     (Role.MANAGER, LISTENER): frozenset(
-        {Leased, Refused, Routed, LinkLost, StepDone, StepReport, Status, Ping, Pong}
+        {
+            *(Leased, Refused, Routed, LinkLost, StepDone, StepReport, Status, Ping, Pong),
+            *(Adapters, AdapterDone, AdapterRefused),
+        }
     ),
     (Role.NEIGHBOUR, OPENER): frozenset({Step, Ping, Pong}),
     (Role.NEIGHBOUR, LISTENER): frozenset({Ping, Pong}),
-    (Role.OBSERVER, OPENER): frozenset({StatusRequest, Ping, Pong}),
-    (Role.OBSERVER, LISTENER): frozenset({Status, Ping, Pong}),
+    (Role.OBSERVER, OPENER): frozenset({StatusRequest, AdaptersRequest, Ping, Pong}),
+    (Role.OBSERVER, LISTENER): frozenset({Status, Adapters, Ping, Pong}),
 }
 
 # A listener gives a peer that has shown nothing yet 4 KiB for all that it says before Welcome:

@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 import click
 from click.core import ParameterSource
 
+from proto.adapter_name import split_adapters
 from proto.address import Address
 from proto.cores import cores_each
 from proto.errors import Error, UsageError
@@ -37,6 +38,7 @@ from worker.config import (
     LOG_LEVELS,
     QUANTIZATIONS,
     WorkerConfig,
+    parse_adapters,
     parse_kv_memory,
     parse_layers,
     parse_listen,
@@ -110,8 +112,15 @@ class _Command(click.Command):
         if not {"--help", "-h", "--version"} & set(args):
             file = read_settings_file(settings_file(os.environ))
             found |= find_settings("worker", known, file=file, environ=os.environ)
-        extra["default_map"] = {key: setting.value for key, setting in found.items()}
+        extra["default_map"] = {key: _value(key, it.value) for key, it in found.items()}
         return super().make_context(info_name, args, parent, **extra)
+
+
+def _value(key: str, value: object) -> object:
+    """A setting as its option takes it: a text for one that may be repeated is split."""
+    if key == "adapter" and isinstance(value, str):
+        return split_adapters(value)
+    return value
 
 
 def _version() -> str:
@@ -147,6 +156,12 @@ def _version() -> str:
     metavar="N",
     help="CPU threads for torch. Default: all cores, "
     "divided by the sections where --listen is on this machine.",
+)
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Serve this LoRA adapter as well, to requests that name it; may be repeated.",
 )
 @click.option(
     "--stage-to",
@@ -188,6 +203,7 @@ def worker(
     dtype: str,
     quantize: str,
     threads: int | None,
+    adapter: tuple[str, ...],
     stage_to: str | None,
     kv_memory: str | None,
     secret_file: str | None,
@@ -227,6 +243,7 @@ def worker(
         dtype=dtype,
         quantize=quantize,
         threads=threads,
+        adapters=parse_adapters(adapter),
         stage_to=None if stage_to is None else parse_stage_to(stage_to),
         kv_memory_bytes=None if kv_memory is None else parse_kv_memory(kv_memory),
         secret=None if secret_file is None else read_secret_file(secret_file),

@@ -1,7 +1,8 @@
 """Torch's thread: one piece of work at a time, in order of arrival, away from the event loop.
 
 Work has two halves: `compute` runs on the thread, `finish` on the loop afterwards. Nothing else
-crosses between the two, so neither side takes a lock. Knows nothing of steps or models.
+crosses between the two, so neither side takes a lock. Knows nothing of steps or models, and serves
+as well for other work that must not hold up the loop.
 
 The queue is bounded: `submit` says no when it is full, and the caller tells whoever asked. The
 thread is a daemon: a step that hangs in torch must not keep the process from leaving.
@@ -35,13 +36,13 @@ class Work(Protocol):
 class Compute:
     """The thread and its queue. Create it, and call its methods, on the event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, name: str = "torch") -> None:
         self._loop = loop
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._num_unfinished = 0
         self._stopping = False
         self._ended = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="torch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Work) -> bool:

@@ -8,12 +8,15 @@ secret) and how their values are written. Knows no click, reads no file and no e
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from proto.adapter_name import parse_adapter
 from proto.address import Address, parse_address
 from proto.errors import UsageError
+from proto.messages import MAX_ADAPTERS
 from proto.settings import parse_byte_size
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -37,6 +40,7 @@ class WorkerConfig:
     dtype: str = "auto"
     quantize: str = "none"
     threads: int | None = None  # None: torch's own choice
+    adapters: tuple[tuple[str, str], ...] = ()  # (name, folder)
     stage_to: Path | None = None  # folder that the section's bytes are copied to first
     kv_memory_bytes: int | None = None  # None: a share of what is free
     secret: bytes | None = None
@@ -44,6 +48,7 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         self._check_slice()
+        self._check_adapters()
         self._check_device()
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: it must be one of {', '.join(DTYPES)}.")
@@ -97,6 +102,16 @@ class WorkerConfig:
                 f"it must be 0 to {self.sections - 1}."
             )
 
+    def _check_adapters(self) -> None:
+        names = [name for name, _ in self.adapters]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--adapter {twice} is given twice: two adapters need two names.")
+        if len(names) > MAX_ADAPTERS:
+            raise UsageError(
+                f"--adapter is given {len(names)} times: a worker holds at most {MAX_ADAPTERS}."
+            )
+
     def _check_device(self) -> None:
         kind, _, number = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (
@@ -127,6 +142,14 @@ def parse_layers(text: str) -> tuple[int, int]:
     if not colon or not (start.strip().isdecimal() and end.strip().isdecimal()):
         raise UsageError(f"--layers {text!r} is not A:B, a half-open range of layers as in 0:12.")
     return int(start), int(end)
+
+
+def parse_adapters(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Read the NAME=DIR of every --adapter."""
+    try:
+        return tuple(map(parse_adapter, texts))
+    except UsageError as exc:
+        raise UsageError(f"--adapter: {exc}") from exc
 
 
 def parse_stage_to(text: str) -> Path:

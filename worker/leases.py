@@ -15,6 +15,7 @@ from proto.errors import WorkerRefused
 
 if TYPE_CHECKING:
     from proto.link import Link
+    from worker.adapters import HeldAdapter
     from worker.chain import NextLink
     from worker.steps import StepComputer
 
@@ -37,6 +38,7 @@ class OpenLease:
     is_last: bool = False
     is_closed: bool = False
     neighbours: set[Link] = field(default_factory=set)  # of the stages before
+    adapters: dict[int, HeldAdapter] = field(default_factory=dict)  # by their number in runs
     num_dropped: int = 0  # steps of an older epoch, or of a link that closed
 
     @property

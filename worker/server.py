@@ -25,6 +25,7 @@ from proto.framing import MAX_PAYLOAD_BYTES
 from proto.free_memory import free_cpu_bytes
 from proto.link import Link, Listener, connect, listen
 from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome, WorkerFacts
+from worker.adapters import NOT_OVER_LINKS, Adapters, check_adapter_files, load_adapters
 from worker.compute import Compute
 from worker.config import WorkerConfig, is_loopback
 from worker.loading import Loading, LoadingAborted
@@ -146,6 +147,7 @@ class Server:
     async def _serve(self, stage: Stage) -> None:
         from worker.service import Service  # pulls in torch, which is here by now
 
+        loaded = await self._compute.call(partial(load_adapters, self._config.adapters, stage))
         total_blocks = await self._compute.call(
             partial(
                 count_kv_blocks,
@@ -157,7 +159,10 @@ class Server:
         )
         facts = make_facts(self._config, stage, self._listen, total_blocks)
         name = name_for_people(facts)
-        self._service = Service(stage, facts, self._compute, self._connect_next, name)
+        adapters = Adapters(stage, self._compute, why_closed=why_adapters_are_closed(self._config))
+        for adapter in loaded:
+            adapters.share(adapter)
+        self._service = Service(stage, facts, self._compute, self._connect_next, name, adapters)
         print(ready_line(facts), flush=True)
         await self._stopped
 
@@ -177,9 +182,10 @@ class Server:
     async def _leave(self, listener: Listener) -> bool:
         """Finish the step at hand, say goodbye, close; True if torch's thread is idle."""
         reason = self._stopped.result() if self._stopped.done() else "worker could not start"
+        is_idle = True
         if self._service is not None:
-            self._service.stop()
-        is_idle = await self._compute.stop(
+            is_idle = await self._service.stop(ABORT_LOADING_S)
+        is_idle &= await self._compute.stop(
             ABORT_LOADING_S if self._service is None else LAST_STEP_S
         )
         if self._service is not None:
@@ -224,6 +230,8 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
     # Made before torch is imported: a folder that cannot be had is refused at once.
     staging = None if config.stage_to is None else Staging(config.stage_to, loading)
     from engine.stage import load_stage
+
+    check_adapter_files(config.adapters)  # before gigabytes are read for nothing
 
     try:
         return load_stage(
@@ -284,6 +292,13 @@ def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: in
         free_blocks=total_blocks,
         max_step_tokens=max(1, min(MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES * 3 // 4 // row_bytes)),
     )
+
+
+def why_adapters_are_closed(config: WorkerConfig) -> str | None:
+    """Why nobody may change the adapters over a link: they have not shown that they may."""
+    if config.secret or is_loopback(config.listen.host):
+        return None
+    return NOT_OVER_LINKS
 
 
 def _path_for_others(model: str | None) -> str:

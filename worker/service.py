@@ -20,18 +20,26 @@ from proto.framing import Frame
 from proto.link import Link
 from proto.messages import (
     MAX_REASON_CHARS,
+    Adapters,
+    AdaptersRequest,
+    AddAdapter,
+    DropAdapter,
+    KeepAdapter,
     Lease,
     Leased,
     LinkLost,
     Refused,
     Release,
+    ReleaseAdapter,
     Role,
     Route,
     Routed,
     StatusRequest,
     Step,
+    UseAdapter,
     WorkerFacts,
 )
+from worker.adapters import Adapters as HeldAdapters
 from worker.allocation import Allocation
 from worker.answers import answer
 from worker.chain import NextLink
@@ -60,6 +68,7 @@ class Service:
         compute: Compute,
         connect_next: ConnectNext,
         name: str,
+        adapters: HeldAdapters,
     ) -> None:
         """Begin to serve.
 
@@ -67,10 +76,12 @@ class Service:
             facts: what Welcome says; all blocks are free.
             connect_next: opens a link to the next worker of a chain.
             name: HOST:PORT, for sentences and faults.
+            adapters: those that are loaded, and the place for more.
         """
         self._stage, self._facts, self._name = stage, facts, name
         self._compute = compute
         self._connect_next = connect_next
+        self._adapters = adapters
         self._leases = Leases(facts.total_blocks, stage.block_tokens)
         self._counters = Counters()
         self._traffic = Traffic(facts, name, compute, self._counters)
@@ -81,6 +92,16 @@ class Service:
             Release: self._release,
             Step: self._step_of_manager,
             StatusRequest: self._status,
+            AdaptersRequest: self._list_adapters,
+            AddAdapter: self._add_adapter,
+            KeepAdapter: self._keep_adapter,
+            DropAdapter: self._drop_adapter,
+            UseAdapter: self._use_adapter,
+            ReleaseAdapter: self._release_adapter,
+        }
+        self._from_observer: Final = {
+            StatusRequest: self._status,
+            AdaptersRequest: self._list_adapters,
         }
 
     @property
@@ -113,11 +134,16 @@ class Service:
             self._accept_neighbour(link)
         else:
             link.on_closed = partial(self._closed, link)
-            link.on_frame = partial(self._status, link)
+            link.on_frame = partial(self._observer_says, link)
 
-    def stop(self) -> None:
-        """Take no more steps; what torch computes now is still handed on."""
+    async def stop(self, deadline_s: float) -> bool:
+        """Take no more steps; what torch computes now is still handed on.
+
+        Returns:
+            False if a file of an adapter is still being read at the deadline.
+        """
         self._traffic.stop()
+        return await self._adapters.stop(deadline_s)
 
     def leave_chains(self, reason: str) -> None:
         """Close the links to next workers; the others are the listener's to close."""
@@ -129,6 +155,9 @@ class Service:
 
     def _manager_says(self, link: Link, frame: Frame) -> None:
         self._from_manager[type(frame.message)](link, frame)
+
+    def _observer_says(self, link: Link, frame: Frame) -> None:
+        self._from_observer[type(frame.message)](link, frame)
 
     def _lease(self, link: Link, frame: Frame) -> None:
         asked = frame.message
@@ -164,7 +193,11 @@ class Service:
             answer(lease.manager, Refused(reason=reason[:MAX_REASON_CHARS]))
             return
         lease.computer = StepComputer(
-            self._stage, allocation.cache, lease.num_blocks, worker=self._name
+            self._stage,
+            allocation.cache,
+            lease.num_blocks,
+            worker=self._name,
+            adapters=lease.adapters,
         )
         log.info(
             "lease opened",
@@ -188,10 +221,12 @@ class Service:
         log.info("manager link closed", extra=fields(peer=link.peer, reason=reason))
         for lease in self._leases.of_manager(link):
             self._close_lease(lease, reason)
+        self._adapters.link_closed(link)
         self._closed(link, error)
 
     def _close_lease(self, lease: OpenLease, reason: str) -> None:
         self._leases.close(lease)
+        self._adapters.release(lease, lease.adapters)
         if lease.next is not None:
             lease.next.close("the lease was closed")
         for neighbour in lease.neighbours:
@@ -282,6 +317,35 @@ class Service:
             raise RemoteProtocolError("a step of another lease than the link's came")
         self._traffic.take(link, lease, frame, frame.message)
 
+    # --- adapters ----------------------------------------------------------------------------
+
+    def _list_adapters(self, link: Link, _frame: Frame) -> None:
+        answer(link, Adapters(adapters=self._adapters.listed))
+
+    def _add_adapter(self, link: Link, frame: Frame) -> None:
+        assert isinstance(frame.message, AddAdapter)
+        self._adapters.add(link, frame.message)
+
+    def _keep_adapter(self, link: Link, frame: Frame) -> None:
+        assert isinstance(frame.message, KeepAdapter)
+        self._adapters.keep(link, frame.message.name)
+
+    def _drop_adapter(self, link: Link, frame: Frame) -> None:
+        assert isinstance(frame.message, DropAdapter)
+        self._adapters.drop(link, frame.message.name)
+
+    def _use_adapter(self, link: Link, frame: Frame) -> None:
+        asked = frame.message
+        assert isinstance(asked, UseAdapter)
+        self._adapters.use(link, self._lease_of(link, asked.lease), asked.number, asked.name)
+
+    def _release_adapter(self, link: Link, frame: Frame) -> None:
+        asked = frame.message
+        assert isinstance(asked, ReleaseAdapter)
+        lease = self._leases.get(asked.lease)
+        if lease is not None and lease.manager is link:  # closed meanwhile: released as well
+            self._adapters.release(lease, [asked.number])
+
     # --- the rest ----------------------------------------------------------------------------
 
     def _status(self, link: Link, _frame: Frame) -> None:
@@ -295,6 +359,8 @@ class Service:
             free_blocks=self._leases.free_blocks,
             num_leases=len(self._leases),
             device_name=self._stage.device_name,
+            num_adapters=self._adapters.count,
+            adapter_bytes=self._adapters.num_bytes,
         )
         answer(link, status)
 

@@ -48,6 +48,8 @@ def make_status(
     free_blocks: int,
     num_leases: int,
     device_name: str,
+    num_adapters: int,
+    adapter_bytes: int,
 ) -> Status:
     """The counters beside what the operating system says of this process now."""
     process = psutil.Process()
@@ -70,4 +72,6 @@ def make_status(
         leases=num_leases,
         gpu_memory_bytes=None if gpu is None else gpu.memory_bytes,
         gpu_busy=None if gpu is None else gpu.busy,
+        adapters=num_adapters,
+        adapter_bytes=adapter_bytes,
     )

@@ -8,6 +8,7 @@ an error of the whole step becomes a fault of each of its sequences. Nothing is 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.kv import BlockCache
+    from engine.lora_layers import Adapter
     from engine.stage import Stage
+    from worker.adapters import HeldAdapter
 
 INT32: Final = np.dtype("<i4")
 
@@ -78,16 +81,30 @@ class Part:
     rows: slice  # of token ids and hidden states
     table: NDArray[np.int64]  # (num_blocks,)
     history: NDArray[np.int64]  # (num_history,)
+    adapter: Adapter | None
 
 
 class StepComputer:
     """A stage and a lease's KV blocks, ready for step after step."""
 
-    def __init__(self, stage: Stage, cache: BlockCache, num_blocks: int, worker: str) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        cache: BlockCache,
+        num_blocks: int,
+        worker: str,
+        adapters: Mapping[int, HeldAdapter] | None = None,
+    ) -> None:
+        """
+        Args:
+            worker: HOST:PORT as the manager knows it; faults carry it.
+            adapters: of the lease, by their number in runs; changes from step to step.
+        """
         self._stage = stage
         self._cache = cache
         self._num_blocks = num_blocks
-        self._worker = worker  # HOST:PORT as the manager knows it; faults carry it
+        self._worker = worker
+        self._adapters = {} if adapters is None else adapters
         self._floats = FLOATS[stage.dtype_name]
         self._is_on_cpu = stage.device_name.startswith("cpu")
 
@@ -149,6 +166,7 @@ class StepComputer:
                 num_tokens=part.run.num_tokens,
                 rope_length=part.run.rope_length,
                 blocks=torch.from_numpy(part.table),
+                adapter=part.adapter,
             )
             for part in parts
         ]
@@ -172,15 +190,19 @@ class StepComputer:
         row = entry = past = 0
         for run in step.runs:
             num_history = run.sampling.num_history if run.sampling else 0
+            held = None if run.adapter is None else self._adapters.get(run.adapter)
             part = Part(
                 run,
                 slice(row, row := row + run.num_tokens),
                 tables[entry : (entry := entry + run.num_blocks)],
                 histories[past : (past := past + num_history)],
+                None if held is None else held.adapter,
             )
             if run.sequence in judged:
                 continue
             reason = self._misplaced(run)
+            if held is None and run.adapter is not None:
+                reason = f"its adapter (number {run.adapter}) is not in use in this lease"
             if reason is None and doubtful:
                 reason = self._out_of_range(part, token_ids[part.rows])
             if run.sequence in seen:
@@ -240,7 +262,8 @@ class StepComputer:
         if not drawing:
             return
         rows = hidden[[part.rows.stop - 1 for part in drawing]]
-        logits = self._stage.logits(rows.to(self._stage.device))
+        adapters = [part.adapter for part in drawing]
+        logits = self._stage.logits(rows.to(self._stage.device), adapters)
         values = logits.amax(dim=-1).tolist()  # NaN wins a maximum
         greedy_tokens = logits.argmax(dim=-1).tolist()
         for i, part in enumerate(drawing):

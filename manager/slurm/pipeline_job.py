@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from manager.generation import GenerationOptions
-from manager.options import sampling_options
+from manager.options import ADAPTER, sampling_options
 from manager.prompts import Row, Template, read_prompts
 from proto.errors import UsageError
 
@@ -246,11 +246,12 @@ def pipeline_job_options(command: Command) -> Command:
     @wraps(command)
     def with_job(*args: Any, options: GenerationOptions, **values: Any) -> Any:
         template = Template(chat=values.pop("chat"), system=values.pop("system"))
+        options = replace(options, adapter=values.pop("adapter"))
         own = {name: values.pop(name) for name in names}
         job = PipelineJob(options=options, template=template, **own)
         return command(*args, job=job, **values)
 
-    wrapped: Any = sampling_options(with_job)
+    wrapped: Any = sampling_options(ADAPTER(with_job))
     for option in reversed(WORK_OPTIONS):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[no-any-return]

@@ -339,7 +339,7 @@ def test_a_full_device_is_one_sentence(workers, prompts):
         (["--prompts", "none.txt"], "none.txt: there is no such file"),
         (["--prompts", "empty.txt"], "empty.txt has no prompt in it"),
         (["--prompts", "bad.jsonl"], "bad.jsonl:2: not JSON"),
-        (["--prompts", "p.txt", "--adapter", "lora"], "adapters come with fine-tuning"),
+        (["--prompts", "p.txt", "--adapter", "lora", "--spawn", "1"], "hold no adapter yet"),
         (["--prompts", "p.txt", "--model", "a", "--base_model", "b"], "name different models"),
         (["--prompts", "p.txt", "--json"], "pass --output FILE"),
         (["--prompts", "p.txt", "--overwrite"], "pass --output FILE"),

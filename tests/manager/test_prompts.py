@@ -211,3 +211,26 @@ def test_any_prompts_come_back_as_they_were_written(tmp_path_factory, prompts):
     path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
     path.write_text("".join(json.dumps({"prompt": it}) + "\n" for it in prompts), encoding="utf-8")
     assert [row.prompt for row in read_prompts(path, OPTIONS)] == prompts
+
+
+def test_a_row_names_its_adapter_or_none_at_all(write):
+    path = write(
+        "p.jsonl",
+        [
+            {"prompt": "a"},
+            {"prompt": "a", "adapter": "law"},
+            {"prompt": "a", "adapter": ""},
+            {"prompt": "a", "adapter": None},
+        ],
+    )
+    rows = read_prompts(path, replace(OPTIONS, adapter="medicine"))
+    assert [row.options.adapter for row in rows] == ["medicine", "law", None, "medicine"]
+    plain = read_prompts(path, OPTIONS)
+    assert [row.options.adapter for row in plain] == [None, "law", None, None]
+    assert rows[0].key != plain[0].key == plain[2].key == rows[2].key
+
+
+@pytest.mark.parametrize("adapter", [5, True, ["law"], {"name": "law"}])
+def test_an_adapter_is_a_name(adapter, write):
+    said = refusal(write("p.jsonl", [{"prompt": "a", "adapter": adapter}]))
+    assert "it takes an adapter's name" in said and "p.jsonl:1" in said

@@ -20,11 +20,28 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from proto import messages  # noqa: E402
-from proto.messages import MESSAGES, Drawn, Fault, Message, Role, Run, Sampling, WorkerFacts  # noqa: E402
+from proto.messages import (  # noqa: E402
+    MESSAGES,
+    AdapterFacts,
+    Drawn,
+    Fault,
+    Message,
+    Role,
+    Run,
+    Sampling,
+    WorkerFacts,
+)
 from proto.session import CONVERSATION, LISTENER, OPENER, TRANSITIONS, State  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "protocol.md"
-PARTS = (WorkerFacts, Run, Sampling, Fault, Drawn)  # structs that only occur inside messages
+PARTS = (
+    WorkerFacts,
+    Run,
+    Sampling,
+    Fault,
+    Drawn,
+    AdapterFacts,
+)  # structs that only occur inside messages
 
 
 def renew(text: str) -> str:
@@ -146,8 +163,9 @@ def type_text(kind: Any) -> str:
                 return "float"
             least = f"{low:g}" if low is not None else f"above {above:g}"
             return f"float, {least} to {high:g}"
-        case inspect.StrType(max_length=longest):
-            return f"str, up to {longest} characters"
+        case inspect.StrType(min_length=shortest, max_length=longest):
+            least = f"{shortest} to" if shortest else "up to"
+            return f"str, {least} {longest} characters"
         case inspect.BytesType(max_length=length):
             return f"bin, {length} bytes"
         case inspect.EnumType(cls=cls):

@@ -13,11 +13,19 @@ from msgspec import inspect
 from proto.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
+    AdapterDone,
+    AdapterFacts,
+    AdapterRefused,
+    Adapters,
+    AdaptersRequest,
+    AddAdapter,
     Challenge,
     Drawn,
+    DropAdapter,
     Fault,
     Goodbye,
     Hello,
+    KeepAdapter,
     Lease,
     Leased,
     LinkLost,
@@ -28,6 +36,7 @@ from proto.messages import (
     ProofAccepted,
     Refused,
     Release,
+    ReleaseAdapter,
     Role,
     Route,
     Routed,
@@ -38,6 +47,7 @@ from proto.messages import (
     Step,
     StepDone,
     StepReport,
+    UseAdapter,
     Welcome,
     WorkerFacts,
 )
@@ -95,6 +105,7 @@ STEP = Step(
                 seed=7, draw=3, temperature=0.5, top_k=40, repetition_penalty=1.5, num_history=1
             ),
             state_slot=4,
+            adapter=1,
         ),
     ],
     faults=[Fault(sequence=3, worker="127.0.0.1:7710", reason="not a number")],
@@ -102,6 +113,15 @@ STEP = Step(
 )
 # Token ids 5 6 7, block tables 0 | 1 2, history 9, three hidden states two wide.
 STEP_PAYLOAD = struct.pack("<7i6f", 5, 6, 7, 0, 1, 2, 9, *(0.5 * n for n in range(6)))
+
+ADAPTER = AdapterFacts(
+    name="medicine",
+    path="/srv/adapters/medicine",
+    fingerprint="9f86d081884c7d65",
+    num_bytes=1_300_000,
+    num_modules=14,
+    leases=1,
+)
 
 EXAMPLES: dict[type[Message], Example] = {
     Challenge: Example(Challenge(version=PROTOCOL_VERSION, nonce=NONCE)),
@@ -140,6 +160,15 @@ EXAMPLES: dict[type[Message], Example] = {
             sent_s=1.75,
         )
     ),
+    AdaptersRequest: Example(AdaptersRequest()),
+    Adapters: Example(Adapters(adapters=[ADAPTER])),
+    AddAdapter: Example(AddAdapter(name="medicine", path="/srv/adapters/medicine")),
+    KeepAdapter: Example(KeepAdapter(name="medicine")),
+    DropAdapter: Example(DropAdapter(name="medicine")),
+    UseAdapter: Example(UseAdapter(lease=LEASE, number=1, name="medicine")),
+    ReleaseAdapter: Example(ReleaseAdapter(lease=LEASE, number=1)),
+    AdapterDone: Example(AdapterDone(adapter=ADAPTER)),
+    AdapterRefused: Example(AdapterRefused(name="medicine", reason="there is no such folder")),
     Ping: Example(Ping(number=2**31 - 1)),
     Pong: Example(Pong(number=2**31 - 1, clock_s=1234.5)),
     StatusRequest: Example(StatusRequest()),
@@ -160,6 +189,8 @@ EXAMPLES: dict[type[Message], Example] = {
             free_blocks=500,
             leases=1,
             gpu_busy=0.5,
+            adapters=2,
+            adapter_bytes=2_600_000,
         )
     ),
 }
@@ -190,8 +221,8 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
         case inspect.FloatType(ge=low, gt=above, le=high):
             least = low if low is not None else above
             return st.floats(least, high, allow_nan=False, exclude_min=above is not None)
-        case inspect.StrType(max_length=longest):
-            return st.text(max_size=min(longest, 20))
+        case inspect.StrType(min_length=shortest, max_length=longest):
+            return st.text(min_size=shortest or 0, max_size=min(longest, 20))
         case inspect.BytesType(min_length=shortest, max_length=longest):
             return st.binary(min_size=shortest, max_size=longest)
         case inspect.EnumType(cls=cls):

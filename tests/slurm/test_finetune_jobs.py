@@ -77,3 +77,25 @@ def test_a_script_by_hand_ends_in_a_sentence_when_the_data_is_bad(slurm, at):
     log = (at / f"log-{job}").read_text()
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), log
     assert re.search(r"^manager: .*bad.jsonl:2", log, re.MULTILINE) and "Traceback" not in log
+
+
+def test_what_a_job_has_trained_a_pipeline_job_serves_at_once(slurm, at):
+    few = ("8" if it == "120" else it for it in OPTIONS)
+    train = ("submit", "lora", *few, "--learning-rate", "0.01", "--wait")
+    slurm.manager(*train, check=True, cwd=at)
+    (at / "prompts.txt").write_text("The nurse checks\n")
+    batch = ("submit", "pipeline", "--nodes", "2", "--prompts", "prompts.txt", "--wait")
+    texts = []
+    for name, words in (("with", ("--adapter", "run/lora_adapters")), ("without", ())):
+        output = at / f"{name}.jsonl"
+        words = (*words, "--output", output, "--max-new-tokens", "16", "--dtype", "float32")
+        slurm.manager(*batch, *words, check=True, cwd=at)
+        texts.append(json.loads(output.read_text())["text"])
+    here = slurm.manager(
+        *("batch", "--spawn", "1", "--prompts", "prompts.txt", "--max-new-tokens", "16"),
+        *("--adapter", "run/lora_adapters"),
+        check=True,
+        cwd=at,
+    )
+    assert texts[0] != texts[1], "the adapter changes the text"
+    assert json.loads(here.stdout)["text"], here

@@ -74,6 +74,7 @@ class Part:
     blocks: Sequence[int] = ()  # default: as many as are needed, from 0
     sampling: Sampling | None = field(default_factory=Sampling)
     history: Sequence[int] = ()
+    adapter: int | None = None
 
 
 def pack(lease: bytes, step: int, parts: Sequence[Part]) -> tuple[Step, bytes, memoryview]:
@@ -91,6 +92,7 @@ def pack(lease: bytes, step: int, parts: Sequence[Part]) -> tuple[Step, bytes, m
                 num_blocks=len(blocks),
                 rope_length=end,
                 sampling=part.sampling,
+                adapter=part.adapter,
             )
         )
     tokens = [token for part in parts for token in part.tokens]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,8 @@ class Broken:
             raise self._error
         return self._stage.forward(*args)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._stage.logits(hidden).clone()
+    def logits(self, hidden: torch.Tensor, adapters: Sequence[Any] = ()) -> torch.Tensor:
+        logits = self._stage.logits(hidden, adapters).clone()
         logits[0, 5] = torch.nan
         return logits
 
