@@ -29,7 +29,11 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
         "Show, add and drop the adapters that workers hold.",
     ),
     "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
-    "finetune": ("manager.finetune.command", "finetune", "Fine-tune a model: LoRA, data, merge."),
+    "finetune": (
+        "manager.finetune.command",
+        "finetune",
+        "Fine-tune a model by LoRA, on one GPU or many.",
+    ),
     "llama-server": (
         "manager.llama_server.command",
         "llama_server",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune the demo model on sentences about medical technology, on the CPU, and let two workers
-# write with what came out. `make finetune-demo` runs this; the commands that it shows are the ones
-# to type by hand.
+# write with the adapter that came out. `make finetune-demo` runs this; the commands that it shows
+# are the ones to type by hand.
 #
 #   PROMPT="An infusion pump" make finetune-demo     another prompt
 #   SAVE_DIR=my-run EPOCHS=10 make finetune-demo     keep the results, train longer
@@ -41,8 +41,13 @@ command=(manager finetune lora --train_path "$data/train.txt" --val_path "$data/
 show "${command[*]}"
 "${command[@]}" --json >"$scratch/result.json"
 
-after=$(write --model "$save_dir/merged_model" "$prompt")
+after=$(write --adapter "$save_dir/lora_adapters" "$prompt")
 echo "$after"
+
+batch=(manager batch --spawn 2 --adapter "$save_dir/lora_adapters" --prompts "$data/prompts.txt"
+  --max-new-tokens "$tokens")
+show "${batch[*]}"
+"${batch[@]}"
 
 first=$(figure first_validation_loss)
 last=$(figure last_validation_loss)

@@ -44,13 +44,13 @@ def run_lora(settings: JobSettings, watcher: Watcher, stop: StopRequest) -> Resu
     materials = gather(settings, watcher, stop)
     with open_run_folder(settings.output) as folder:
         if begin(folder, settings, materials):
-            return _finish_again(folder, settings, materials, watcher)
+            return finish_again(folder, settings, materials, watcher)
         watcher.busy(f"loading {materials.checkpoint.name}")
         base = load_base(materials.checkpoint, placement)
         targets = find_targets(base, settings.lora.target_modules)
-        model = _adapted(base, settings, placement, materials)
+        model = adapted(base, settings, placement, materials)
         stop.leave_if_made("training began")
-        _say_targets(targets, watcher)
+        say_targets(targets, watcher)
         folder.write(
             describe_run(settings, materials, model=model, targets=targets, placement=placement)
         )
@@ -67,7 +67,7 @@ def run_lora(settings: JobSettings, watcher: Watcher, stop: StopRequest) -> Resu
         )
 
 
-def _adapted(base: Any, settings: JobSettings, placement: Placement, materials: Materials) -> Any:
+def adapted(base: Any, settings: JobSettings, placement: Placement, materials: Materials) -> Any:
     """The model with fresh adapters, ready to train."""
     if placement.is_4bit:
         from peft import prepare_model_for_kbit_training
@@ -113,13 +113,14 @@ def _train(
         )
 
 
-def _say_targets(targets: Targets, watcher: Watcher) -> None:
+def say_targets(targets: Targets, watcher: Watcher) -> None:
+    """Which layers are adapted, and which are not."""
     watcher.say(f"adapting {targets.sentence}")
     if targets.untouched:
         watcher.say(f"not adapted, as they are no linear layers: {', '.join(targets.untouched)}")
 
 
-def _finish_again(
+def finish_again(
     folder: RunFolder, settings: JobSettings, materials: Materials, watcher: Watcher
 ) -> Result:
     """A run that is over: nothing is left to train, but a merge may be wanted now."""

@@ -8,6 +8,8 @@
       lora_adapters/    the result: adapter, tokenizer
       merged_model/     the result: an ordinary checkpoint
       loss.png, report.md
+      ranks/            what processes beside the first one wrote, where there are several
+      launch/           what a launcher of several processes was given, and what it printed
 
 The same for LoRA, SFT and AxoNN. Knows names; what is in the files is others' business.
 """
@@ -36,7 +38,10 @@ OWN_NAMES: Final = (
     "merged_model",
     "loss.png",
     "report.md",
+    "ranks",
 )
+# Written before the run begins, and no run by itself.
+LAUNCH: Final = "launch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,11 @@ class RunFolder:
     def report(self) -> Path:
         """How it went, for people."""
         return self.path / "report.md"
+
+    @property
+    def rank_logs(self) -> Path:
+        """What processes beside the first one wrote."""
+        return self.path / "ranks"
 
     def read(self) -> dict[str, Any] | None:
         """What run.json says; None without one.
@@ -143,7 +153,8 @@ def check_run_folder(settings: OutputSettings) -> None:
     if path.exists() and not path.is_dir():
         raise UsageError(f"--save-dir {path} is a file: name a folder.")
     present = [it.name for it in path.iterdir()] if path.is_dir() else []
-    present = [it for it in present if not it.startswith((LOCK, PARTIAL, REPLACED))]
+    temporary = (LOCK, PARTIAL, REPLACED)
+    present = [it for it in present if it != LAUNCH and not it.startswith(temporary)]
     if not present:
         return
     if not (settings.resume or settings.overwrite):

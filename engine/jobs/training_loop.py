@@ -204,7 +204,7 @@ class TrainingLoop:
         for index, batch in enumerate(batches):
             self._leave_if_asked()
             self._seed(index)
-            with _memory_in_words(self._settings, self._train, batch, self._placement):
+            with memory_in_words(self._settings, self._train, batch, self._placement):
                 loss = self._loss_sum(self._train, batch) / max(learnt, 1)
                 self._scaler.scale(loss).backward()
             total += float(loss.detach())
@@ -270,7 +270,7 @@ class TrainingLoop:
         with torch.no_grad():
             for batch in batches:
                 self._leave_if_asked()
-                with _memory_in_words(self._settings, rows, batch, self._placement):
+                with memory_in_words(self._settings, rows, batch, self._placement):
                     total += float(self._loss_sum(rows, batch))
         learnt, _, _ = count_learnt(rows, batches)
         total, count = ranks.sum([total, learnt])
@@ -368,7 +368,7 @@ def mixed(*parts: int) -> int:
 
 
 @contextmanager
-def _memory_in_words(
+def memory_in_words(
     settings: TrainingSettings, rows: TokenRows, batch: MicroBatch, placement: Placement
 ) -> Iterator[None]:
     """Turn "out of memory" into what to change, with the numbers of this run."""

@@ -20,11 +20,23 @@ if TYPE_CHECKING:
     from engine.jobs.stopping import StopRequest
 
 Job = Callable[[JobSettings, "Watcher", "StopRequest"], "Result"]
+Follow = Callable[["Watcher", "StopRequest"], "dict[str, Any] | None"]
 
 
 def run_job(job: Job, settings: JobSettings, *, as_json: bool) -> None:
-    """Run it to its end and print where the results are.
+    """Run it in this process to its end and print where the results are.
 
+    Raises:
+        Interrupted, Error: as `follow_run`.
+    """
+    follow_run(settings, lambda shown, stop: job(settings, shown, stop).to_json(), as_json=as_json)
+
+
+def follow_run(settings: JobSettings, follow: Follow, *, as_json: bool) -> None:
+    """Follow a run, wherever it computes, to its end and print where the results are.
+
+    Args:
+        follow: returns the result as plain values; None where another machine has it.
     Raises:
         Interrupted: a signal ended it; says what is kept.
         Error: as the job does.
@@ -37,13 +49,13 @@ def run_job(job: Job, settings: JobSettings, *, as_json: bool) -> None:
         Shown(training.log_steps, training.memory_steps or training.log_steps) as shown,
     ):
         try:
-            result = job(settings, shown, stop)
+            said = follow(shown, stop)
         except Stopped as exc:
             interrupted = Interrupted(128 + exc.signal_number)
             interrupted.args = (str(exc),)
             raise interrupted from exc
-    said = result.to_json()
-    click.echo(json.dumps(said, indent=2) if as_json else "\n".join(_paths(said)))
+    if said is not None:
+        click.echo(json.dumps(said, indent=2) if as_json else "\n".join(_paths(said)))
 
 
 def _paths(said: dict[str, Any]) -> list[str]:

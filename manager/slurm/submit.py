@@ -16,6 +16,12 @@ BACKENDS = {
         "llama.cpp's llama-server, with an rpc-server on each node but the first.",
     ),
     "lora": ("manager.slurm.submit_finetune", "lora", "Fine-tuning by LoRA on one GPU, or none."),
+    "sft": ("manager.slurm.submit_finetune", "sft", "SFT with trl, on all GPUs of several nodes."),
+    "axonn": (
+        "manager.slurm.submit_finetune",
+        "axonn",
+        "Fine-tuning with AxoNN: tensor x data parallel over several nodes.",
+    ),
 }
 
 submit = LazyGroup(

@@ -7,12 +7,15 @@ they were typed. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import click
 
+from engine.jobs.axonn_grid import Parallelism, make_grid
 from engine.jobs.settings import JobSettings
+from manager.finetune.axonn_options import parallelism_options
 from manager.finetune.options import job_options
+from manager.finetune.sft import sft as sft_here
 from manager.slurm.pipeline_job import check_model, words_of
 from manager.slurm.scripts import Submission, find_script
 from manager.slurm.site import Site, site_options
@@ -24,6 +27,7 @@ from manager.slurm.submission_options import (
 )
 from proto.errors import UsageError
 
+SFT_OPTIONS: Final = {"num_processes", "rdzv_backend", "interface", "mixed_precision"}
 NODES: Final = click.option(
     "--nodes", "-N", type=click.IntRange(min=1), default=1, show_default=True, metavar="N"
 )
@@ -39,6 +43,59 @@ def lora(ctx: click.Context, settings: JobSettings, site: Site, asked: Asked) ->
     is_cpu = settings.training.device == "cpu"
     script = "lora-cpu.sbatch" if is_cpu else "lora.sbatch"
     submit_finetuning(ctx, "lora", script, settings, site, asked, ())
+
+
+@click.command()
+@job_options("sft")
+@NODES
+@site_options
+@submission_options
+@click.pass_context
+def sft(
+    ctx: click.Context,
+    /,
+    settings: JobSettings,
+    nodes: int,
+    site: Site,
+    asked: Asked,
+    **_: Any,
+) -> None:
+    """Fine-tune with trl's SFTTrainer in a Slurm job: one process on each GPU of each node."""
+    flags = [f"--nodes={nodes}", "--ntasks-per-node=1"]
+    submit_finetuning(ctx, "sft", "sft.sbatch", settings, site, asked, flags)
+
+
+# What the run itself takes beside the settings; that of a node's GPUs is the site's.
+sft.params += [it for it in sft_here.params if it.name in SFT_OPTIONS]
+
+
+@click.command()
+@job_options("axonn")
+@parallelism_options
+@NODES
+@click.option(
+    "--tasks-per-node",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks a node. Default: its GPUs (--gpus-per-node), or one.",
+)
+@site_options
+@submission_options
+@click.pass_context
+def axonn(
+    ctx: click.Context,
+    settings: JobSettings,
+    parallelism: Parallelism,
+    nodes: int,
+    tasks_per_node: int | None,
+    site: Site,
+    asked: Asked,
+) -> None:
+    """Fine-tune by LoRA on AxoNN's sharded layers in a Slurm job: one rank on each GPU."""
+    tasks = tasks_per_node or whole(site.gpus_per_node) or 1
+    make_grid(parallelism, nodes * tasks, f"{nodes} nodes with {tasks} tasks each")
+    flags = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
+    submit_finetuning(ctx, "axonn", "axonn.sbatch", settings, site, asked, flags)
 
 
 def submit_finetuning(

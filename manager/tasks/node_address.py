@@ -56,7 +56,7 @@ def interface_address(interface: str, node: str) -> str:
 
 def _resolve(name: str) -> str:
     """An address of another node: by its name, else as Slurm itself reaches it."""
-    for host in (name, _slurm_address(name)):
+    for host in (name, node_address(name)):
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
         except OSError:
@@ -68,7 +68,8 @@ def _resolve(name: str) -> str:
     )
 
 
-def _slurm_address(name: str) -> str:
+def node_address(name: str) -> str:
+    """How Slurm itself reaches a node; its name where Slurm does not say."""
     said = run_slurm(["scontrol", "-o", "show", "node", name])
     match = re.search(r"\bNodeAddr=(\S+)", said)
     return match[1] if match else name

@@ -147,7 +147,7 @@ def test_without_peft_the_extra_is_named(words):
     )
 
 
-@pytest.mark.parametrize("words", [(), ("lora",), ("data",), ("merge",)])
+@pytest.mark.parametrize("words", [(), ("lora",), ("sft",), ("data",), ("merge",)])
 def test_help_answers_without_torch(words):
     script = (
         "import sys\nfrom manager.cli import main\ntry:\n    main(sys.argv[1:])\n"

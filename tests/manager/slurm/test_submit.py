@@ -142,6 +142,31 @@ def test_without_a_gpu_another_script_is_submitted(at, capsys):
     assert str(ROOT / "scripts" / "slurm" / "lora-cpu.sbatch") in command_of(out)[1]
 
 
+def test_sft_takes_one_task_a_node(at, capsys):
+    typed = ["--nodes", "2", "--gpus-per-node", "a100:4", "--rdzv-backend", "c10d"]
+    code, out, _ = run(capsys, "submit", "sft", *LORA[2:], *typed, "--dry-run")
+    assert code == 0
+    _, words = command_of(out)
+    script = words.index(str(ROOT / "scripts" / "slurm" / "sft.sbatch"))
+    flags = {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=a100:4"}
+    assert flags <= set(words[:script])
+    assert "--rdzv-backend=c10d" in words[script:]
+    assert not any("gpus-per-node" in it for it in words[script + 1 :])
+
+
+def test_axonn_takes_one_task_a_gpu_and_reckons_before_it_is_submitted(at, capsys):
+    axonn = ("submit", "axonn", *LORA[2:], "--nodes", "2", "--gpus-per-node", "4", "--dry-run")
+    parallel = ("--tensor_parallelism", "2", "--data_parallelism")
+    code, out, _ = run(capsys, *axonn, *parallel, "4")
+    assert code == 0
+    _, words = command_of(out)
+    script = words.index(str(ROOT / "scripts" / "slurm" / "axonn.sbatch"))
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"} <= set(words[:script])
+    assert {"--tensor-parallelism=2", "--data-parallelism=4"} <= set(words[script:])
+    code, _, err = run(capsys, *axonn, *parallel, "3")
+    assert code == 2 and all(number in err for number in ("2", "3", "8")), err
+
+
 def test_a_folder_with_an_earlier_run_is_refused_before_the_job(at, capsys):
     (at / "run").mkdir()
     (at / "run" / "run.json").write_text("{}")

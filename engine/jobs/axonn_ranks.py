@@ -1,0 +1,62 @@
+"""The processes of an AxoNN run, as the training loop asks for them.
+
+Every process learns from rows of its own: gradients of the adapters are added up over all of them,
+by AxoNN's own function, and so is the number of learnt tokens that the loss is divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.jobs.axonn_library import intra_layer
+
+
+class AxonnRanks:
+    """All of them; see `engine.jobs.ranks.Ranks`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.num_processes = dist.get_world_size()
+        self._device = device
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over all processes."""
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor)
+        summed: list[float] = tensor.tolist()
+        return summed
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Over all processes. The loss is divided by the tokens of all, so this is no mean."""
+        intra_layer().sync_gradients(_Holder(parameters), mean=False)
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """By AxoNN's own, which would also know parameters that are sharded."""
+        norm: Tensor = intra_layer().clip_grad_norm_(parameters, max_norm)
+        return norm
+
+    def barrier(self) -> None:
+        """Wait until everybody is here."""
+        self.sum([0.0])
+
+    def share_weights(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give everybody the first process's."""
+        with torch.no_grad():
+            for parameter in parameters:
+                dist.broadcast(parameter.data, src=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """What AxoNN asks of a model."""
+
+    held: Sequence[nn.Parameter]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """In the same order on every process."""
+        return iter(self.held)
