@@ -51,7 +51,7 @@ def test_a_step_has_its_times_in_the_manager_and_in_every_worker(tmp_path, start
     trace.close()
     view = read_trace(tmp_path / "t.json")
     assert view.tokens == {0: 40}
-    assert view.returned_us[0] - view.issued_us[0] == pytest.approx(47_000)
+    assert view.returned_us[0] - view.issued_us[0] == pytest.approx(47_000, abs=0.2)
     assert set(view.lanes) == {"a:1", "b:2"}
     first = view.lanes["a:1"]
     assert [round(end - start) for start, end in (first[it][0] for it in LANES)] == [
@@ -59,7 +59,8 @@ def test_a_step_has_its_times_in_the_manager_and_in_every_worker(tmp_path, start
         20_000,
         1000,
     ]
-    assert first["queue"][0][0] - view.issued_us[0] == pytest.approx(1000)
+    # Both ends are rounded to a tenth of a microsecond.
+    assert first["queue"][0][0] - view.issued_us[0] == pytest.approx(1000, abs=0.2)
 
 
 LANES = ("queue", "compute", "send")

@@ -91,11 +91,4 @@ def test_what_a_job_has_trained_a_pipeline_job_serves_at_once(slurm, at):
         words = (*words, "--output", output, "--max-new-tokens", "16", "--dtype", "float32")
         slurm.manager(*batch, *words, check=True, cwd=at)
         texts.append(json.loads(output.read_text())["text"])
-    here = slurm.manager(
-        *("batch", "--spawn", "1", "--prompts", "prompts.txt", "--max-new-tokens", "16"),
-        *("--adapter", "run/lora_adapters"),
-        check=True,
-        cwd=at,
-    )
     assert texts[0] != texts[1], "the adapter changes the text"
-    assert json.loads(here.stdout)["text"], here

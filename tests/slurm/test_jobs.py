@@ -18,6 +18,12 @@ pytestmark = pytest.mark.slurm
 ODD_NAME = "two words | and 'more' % $HOME JobState=FAILED"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _only_our_own_records(slurm: SlurmCluster) -> None:
+    """Jobs that other tests have submitted are not listed here."""
+    slurm.jobs_file.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module")
 def ended(slurm: SlurmCluster) -> dict[str, int]:
     """Jobs that have ended in every way that can be brought about, by their state."""
