@@ -14,22 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.jobs.axonn_library import intra_layer
+from engine.jobs.process_group import ProcessGroup
 
 
-class AxonnRanks:
-    """All of them; see `engine.jobs.ranks.Ranks`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.rank = dist.get_rank()
-        self.num_processes = dist.get_world_size()
-        self._device = device
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over all processes."""
-        tensor = torch.tensor(list(values), dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor)
-        summed: list[float] = tensor.tolist()
-        return summed
+class AxonnRanks(ProcessGroup):
+    """All of them; gradients go the library's own way."""
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Over all processes. The loss is divided by the tokens of all, so this is no mean."""
@@ -39,10 +28,6 @@ class AxonnRanks:
         """By AxoNN's own, which would also know parameters that are sharded."""
         norm: Tensor = intra_layer().clip_grad_norm_(parameters, max_norm)
         return norm
-
-    def barrier(self) -> None:
-        """Wait until everybody is here."""
-        self.sum([0.0])
 
     def share_weights(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give everybody the first process's."""
