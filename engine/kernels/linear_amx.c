@@ -1,0 +1,258 @@
+/* Kernels for AMX: a tile of up to 16 tokens times a chunk of a strip in one instruction.
+ *
+ * Few tokens stay with AVX-512, which reads as fast and needs no tiles.
+ */
+#include "native.h"
+#if defined(HAVE_X86)
+#include <immintrin.h>
+
+#include "linear.h"
+
+/* Fewer tokens than this are AVX-512's. */
+enum { TILE_TOKENS_BF16 = 2, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
+/* Tiles 0-3 are sums, 4 and 5 tokens, 6 and 7 weights. */
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileShapes;
+
+/* gcc takes the tile instructions for ones that read no memory: what was written for them must be
+ * there before. */
+INLINE void written(const void *memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
+TARGET_AMX static void enter(int format, int tokens) {
+    int deep = format == FORMAT_INT4 ? 8 : 16; /* int4 has a scale every 8 x 4 columns */
+    TileShapes shapes = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        shapes.row_bytes[tile] = tile == 4 || tile == 5 ? 4 * deep : 64;
+        shapes.rows[tile] = tile < 6 ? tokens : deep;
+    }
+    written(&shapes);
+    _tile_loadconfig(&shapes);
+}
+
+TARGET_AMX static void leave(void) { _tile_release(); }
+
+TARGET_AMX INLINE void prefetch(const uint8_t *from, int lines) {
+    for (int line = 0; line < lines; line++)
+        _mm_prefetch(from + line * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+}
+
+TARGET_AMX static void bf16_dot(const uint8_t *strip, const Tokens *x, float *out) {
+    if (x->tokens < TILE_TOKENS_BF16) {
+        avx512_bf16_kernels.dot[FORMAT_BF16](strip, x, out);
+        return;
+    }
+    float sums[4][MAX_TOKENS][16] __attribute__((aligned(64)));
+    const uint8_t *token = x->x;
+    int64_t chunk = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+#define ONE(sum, a, b)                                  \
+    prefetch(strip, 16);                                \
+    _tile_loadd(b, strip, 64);                          \
+    _tile_loadd(a, token, x->token_stride);             \
+    _tile_dpbf16ps(sum, a, b);                          \
+    strip += BF16_CHUNK_BYTES, token += x->chunk_stride;
+    for (; chunk + 4 <= x->chunks; chunk += 4) {
+        ONE(0, 4, 6) ONE(1, 5, 7) ONE(2, 4, 6) ONE(3, 5, 7)
+    }
+    for (; chunk < x->chunks; chunk++) {
+        ONE(0, 4, 6)
+    }
+#undef ONE
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    for (int t = 0; t < x->tokens; t++)
+        _mm512_storeu_ps(out + t * 16,
+                         _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(sums[0][t]),
+                                                     _mm512_load_ps(sums[1][t])),
+                                       _mm512_add_ps(_mm512_load_ps(sums[2][t]),
+                                                     _mm512_load_ps(sums[3][t]))));
+}
+
+/* Two strips, two blocks of 16 tokens: each tile that is loaded is used twice. */
+TARGET_AMX static void dot_2x2(const uint8_t *strips[2], const Tokens x[2], float *out) {
+    const uint8_t *first = strips[0], *second = strips[1], *low = x[0].x, *high = x[1].x;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t chunk = 0; chunk < x[0].chunks; chunk++) {
+        _tile_loadd(6, first, 64);
+        _tile_loadd(4, low, 64);
+        _tile_loadd(5, high, 64);
+        _tile_loadd(7, second, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+        first += BF16_CHUNK_BYTES, second += BF16_CHUNK_BYTES;
+        low += x[0].chunk_stride, high += x[1].chunk_stride;
+    }
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + 256, 64);
+    _tile_stored(2, out + 512, 64);
+    _tile_stored(3, out + 768, 64);
+}
+
+/* Integers have a scale for each chunk, so their sums leave the tiles after each: while the tiles
+ * work on the next chunks, the vectors add up the sums of those before. */
+typedef int32_t Sums[4][MAX_TOKENS][16];
+
+TARGET_AMX INLINE __m512 sum_of(const int32_t *sum) {
+    return _mm512_cvtepi32_ps(_mm512_load_si512(sum));
+}
+
+TARGET_AMX INLINE void store_tiles(Sums sums) {
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+}
+
+/* The sums of `chunks` (at most 4) chunks, whose scales begin at `scale`. */
+TARGET_AMX INLINE void add_int8(float total[][16], Sums sums, const float *scale, int chunks,
+                                int tokens) {
+    for (int t = 0; t < tokens; t++) {
+        __m512 all = _mm512_load_ps(total[t]);
+        for (int i = 0; i < chunks; i++)
+            all = _mm512_fmadd_ps(sum_of(sums[i][t]), _mm512_set1_ps(scale[i * tokens + t]), all);
+        _mm512_store_ps(total[t], all);
+    }
+}
+
+TARGET_AMX static void int8_dot(const uint8_t *strip, const Tokens *x, float *out) {
+    if (x->tokens < TILE_TOKENS_INT8) {
+        avx512_bf16_kernels.dot[FORMAT_INT8](strip, x, out);
+        return;
+    }
+    Sums sums __attribute__((aligned(64)));
+    float total[MAX_TOKENS][16] __attribute__((aligned(64)));
+    const int tokens = x->tokens;
+    const uint8_t *weights = strip + INT8_HEAD_BYTES, *token = x->x;
+    const float *scale = x->scale;
+    int64_t chunk = 0;
+    for (int t = 0; t < tokens; t++) _mm512_store_ps(total[t], _mm512_set1_ps(x->shift[t]));
+#define ONE(sum, a, b)                                     \
+    prefetch(weights, 16);                                 \
+    _tile_zero(sum);                                       \
+    _tile_loadd(b, weights, 64);                           \
+    _tile_loadd(a, token, x->token_stride);                \
+    _tile_dpbsud(sum, a, b);                               \
+    weights += INT8_CHUNK_BYTES, token += x->chunk_stride;
+    for (; chunk + 4 <= x->chunks; chunk += 4) {
+        ONE(0, 4, 6) ONE(1, 5, 7) ONE(2, 4, 6) ONE(3, 5, 7)
+        if (chunk) {
+            add_int8(total, sums, scale, 4, tokens);
+            scale += 4 * tokens;
+        }
+        store_tiles(sums);
+    }
+    if (chunk) {
+        add_int8(total, sums, scale, 4, tokens);
+        scale += 4 * tokens;
+    }
+    for (; chunk < x->chunks; chunk++, scale += tokens) {
+        ONE(0, 4, 6)
+        _tile_stored(0, sums[0], 64);
+        add_int8(total, sums, scale, 1, tokens);
+    }
+#undef ONE
+    __m512 row_scale = _mm512_loadu_ps(strip);
+    for (int t = 0; t < tokens; t++)
+        _mm512_storeu_ps(out + t * 16, _mm512_mul_ps(_mm512_load_ps(total[t]), row_scale));
+}
+
+TARGET_AMX INLINE void halves_apart(const uint8_t *strip, uint8_t *to) {
+    const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(8);
+    for (int octet = 0; octet < 8; octet++) {
+        __m512i both = _mm512_loadu_si512(strip + INT4_HEAD_BYTES + octet * 64);
+        __m512i even = _mm512_and_si512(both, low);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        _mm512_store_si512(to + octet * 128, _mm512_sub_epi8(even, zero));
+        _mm512_store_si512(to + octet * 128 + 64, _mm512_sub_epi8(odd, zero));
+    }
+}
+
+/* The sums of one or two chunks, two each, whose scales are in the chunks themselves. */
+TARGET_AMX INLINE void add_int4(float total[][16], Sums sums, const uint8_t *strip,
+                                const float *scale, int chunks, int tokens) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    __m512 row_scale[4];
+    for (int i = 0; i < chunks; i++) {
+        __m512i pairs = _mm512_loadu_si512(strip + i * INT4_CHUNK_BYTES);
+        row_scale[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        row_scale[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+    }
+    for (int t = 0; t < tokens; t++) {
+        __m512 all = _mm512_load_ps(total[t]);
+        for (int i = 0; i < chunks; i++) {
+            __m512 both = _mm512_mul_ps(sum_of(sums[2 * i][t]), row_scale[2 * i]);
+            both = _mm512_fmadd_ps(sum_of(sums[2 * i + 1][t]), row_scale[2 * i + 1], both);
+            all = _mm512_fmadd_ps(both, _mm512_set1_ps(scale[i * tokens + t]), all);
+        }
+        _mm512_store_ps(total[t], all);
+    }
+}
+
+/* A tile cannot be loaded from what was just written without waiting for the write to reach the
+ * cache: several chunks are made bytes first, then multiplied. */
+enum { CHUNKS_AT_ONCE = 8 };
+
+TARGET_AMX static void int4_dot(const uint8_t *strip, const Tokens *x, float *out) {
+    if (x->tokens < TILE_TOKENS_INT4) {
+        avx512_bf16_kernels.dot[FORMAT_INT4](strip, x, out);
+        return;
+    }
+    uint8_t bytes[CHUNKS_AT_ONCE][1024] __attribute__((aligned(64)));
+    Sums sums __attribute__((aligned(64)));
+    float total[MAX_TOKENS][16] __attribute__((aligned(64)));
+    const int tokens = x->tokens;
+    memset(total, 0, tokens * sizeof *total);
+    const uint8_t *token = x->x;
+    const float *scale = x->scale;
+#define ONE(sum, which, half, a, b)                                   \
+    _tile_zero(sum);                                                  \
+    _tile_loadd(b, bytes[chunk + which] + 512 * half, 64);            \
+    _tile_loadd(a, token + which * x->chunk_stride + 32 * half, x->token_stride); \
+    _tile_dpbssd(sum, a, b);
+    for (int64_t left = x->chunks; left > 0; left -= CHUNKS_AT_ONCE) {
+        int chunks = left < CHUNKS_AT_ONCE ? (int)left : CHUNKS_AT_ONCE;
+        for (int chunk = 0; chunk < chunks; chunk++)
+            halves_apart(strip + chunk * INT4_CHUNK_BYTES, bytes[chunk]);
+        written(bytes);
+        for (int chunk = 0; chunk < chunks; chunk += 2) {
+            prefetch(strip, 18);
+            ONE(0, 0, 0, 4, 6) ONE(1, 0, 1, 5, 7)
+            if (chunk + 1 < chunks) {
+                ONE(2, 1, 0, 4, 6) ONE(3, 1, 1, 5, 7)
+            }
+            if (chunk) {
+                add_int4(total, sums, strip - 2 * INT4_CHUNK_BYTES, scale, 2, tokens);
+                scale += 2 * tokens;
+            }
+            store_tiles(sums);
+            strip += 2 * INT4_CHUNK_BYTES;
+            token += 2 * x->chunk_stride;
+        }
+        add_int4(total, sums, strip - 2 * INT4_CHUNK_BYTES, scale, 2 - chunks % 2, tokens);
+        scale += 2 * tokens;
+    }
+#undef ONE
+    memcpy(out, total, tokens * sizeof *total);
+}
+
+const Kernels amx_kernels = {
+    .prepare = &avx512_preparation,
+    .dot = {bf16_dot, int8_dot, int4_dot},
+    .dot_2x2 = dot_2x2,
+    .enter = enter,
+    .leave = leave,
+};
+#endif

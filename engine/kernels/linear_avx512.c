@@ -1,0 +1,195 @@
+/* Kernels for AVX-512: integers by VNNI, bf16 by its own instruction or as floats. */
+#include "native.h"
+#if defined(HAVE_X86)
+#include <immintrin.h>
+
+#define LANES 16
+#define TARGET TARGET_AVX512
+#define KERNEL(name) avx512_##name
+#include "linear_lanes.h"
+
+TARGET_AVX512 INLINE __m512i four_of(const uint8_t *token, int64_t offset) {
+    int32_t four;
+    memcpy(&four, token + offset, 4);
+    return _mm512_set1_epi32(four);
+}
+
+TARGET_AVX512 INLINE void int8_pass(const uint8_t *strip, const Tokens *x, int first, float *out,
+                                    const int tokens) {
+    __m512 total[8], row_scale = _mm512_loadu_ps(strip);
+    UNROLL for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
+    const uint8_t *token = x->x + first * x->token_stride;
+    const float *scale = x->scale + first;
+    strip += INT8_HEAD_BYTES;
+    for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
+        __m512i sum[8];
+        UNROLL for (int t = 0; t < tokens; t++) sum[t] = _mm512_setzero_si512();
+        UNROLL for (int quad = 0; quad < 16; quad++) {
+            _mm_prefetch(strip + quad * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+            __m512i weights = _mm512_loadu_si512(strip + quad * 64);
+            UNROLL for (int t = 0; t < tokens; t++) sum[t] = _mm512_dpbusd_epi32(
+                sum[t], weights, four_of(token + t * x->token_stride, 4 * quad));
+        }
+        UNROLL for (int t = 0; t < tokens; t++) total[t] =
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_set1_ps(scale[t]), total[t]);
+        strip += INT8_CHUNK_BYTES;
+        token += x->chunk_stride;
+        scale += x->tokens;
+    }
+    UNROLL for (int t = 0; t < tokens; t++)
+        _mm512_storeu_ps(out + (first + t) * 16,
+                         _mm512_mul_ps(_mm512_add_ps(total[t], _mm512_set1_ps(x->shift[first + t])),
+                                       row_scale));
+}
+
+TARGET_AVX512 INLINE void int4_pass(const uint8_t *strip, const Tokens *x, int first, float *out,
+                                    const int tokens) {
+    const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi32((int)0xffff0000u);
+    __m512 total[8];
+    UNROLL for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
+    const uint8_t *token = x->x + first * x->token_stride;
+    const float *scale = x->scale + first;
+    const int32_t *offset = x->offset + first;
+    for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
+        UNROLL for (int line = 0; line < 9; line++)
+            _mm_prefetch(strip + line * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+        __m512i scales = _mm512_loadu_si512(strip);
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m512i sum[8];
+            UNROLL for (int t = 0; t < tokens; t++)
+                sum[t] = _mm512_set1_epi32(offset[half * x->tokens + t]);
+            UNROLL for (int octet = 4 * half; octet < 4 * half + 4; octet++) {
+                __m512i both = _mm512_loadu_si512(strip + INT4_HEAD_BYTES + octet * 64);
+                __m512i even = _mm512_and_si512(both, low);
+                __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    const uint8_t *mine = token + t * x->token_stride;
+                    sum[t] = _mm512_dpbusd_epi32(sum[t], even, four_of(mine, 8 * octet));
+                    sum[t] = _mm512_dpbusd_epi32(sum[t], odd, four_of(mine, 8 * octet + 4));
+                }
+            }
+            __m512 row_scale = _mm512_castsi512_ps(half ? _mm512_and_si512(scales, upper)
+                                                        : _mm512_slli_epi32(scales, 16));
+            UNROLL for (int t = 0; t < tokens; t++) total[t] = _mm512_fmadd_ps(
+                _mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(row_scale, _mm512_set1_ps(scale[t])),
+                total[t]);
+        }
+        strip += INT4_CHUNK_BYTES;
+        token += x->chunk_stride;
+        scale += x->tokens;
+        offset += 2 * x->tokens;
+    }
+    UNROLL for (int t = 0; t < tokens; t++) _mm512_storeu_ps(out + (first + t) * 16, total[t]);
+}
+
+/* One token has several sums a row, or each addition would wait for the one before. */
+TARGET_AVX512_BF16 INLINE void bf16_pass(const uint8_t *strip, const Tokens *x, int first,
+                                         float *out, const int tokens, const int sums) {
+    __m512 sum[8][4];
+    UNROLL for (int t = 0; t < tokens; t++)
+        UNROLL for (int s = 0; s < sums; s++) sum[t][s] = _mm512_setzero_ps();
+    const uint8_t *token = x->x + first * x->token_stride;
+    for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
+        UNROLL for (int pair = 0; pair < 16; pair++) {
+            _mm_prefetch(strip + pair * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+            __m512bh weights = (__m512bh)_mm512_loadu_si512(strip + pair * 64);
+            UNROLL for (int t = 0; t < tokens; t++) sum[t][pair % sums] = _mm512_dpbf16_ps(
+                sum[t][pair % sums], weights,
+                (__m512bh)four_of(token + t * x->token_stride, 4 * pair));
+        }
+        strip += BF16_CHUNK_BYTES;
+        token += x->chunk_stride;
+    }
+    UNROLL for (int t = 0; t < tokens; t++) {
+        UNROLL for (int s = 1; s < sums; s++) sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][s]);
+        _mm512_storeu_ps(out + (first + t) * 16, sum[t][0]);
+    }
+}
+
+TARGET_AVX512 INLINE __m512 sixteen_floats(const void *x, int dtype, int64_t first, int64_t cols) {
+    __mmask16 mask = (__mmask16)(cols - first >= 16 ? 0xffff : (1 << (cols - first)) - 1);
+    if (first >= cols) return _mm512_setzero_ps();
+    if (dtype == F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + first);
+    __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + first);
+    if (dtype == F16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* As KERNEL(quantize_token) does, a vector at a time. */
+TARGET_AVX512 static void quantize_token(const void *x, int dtype, int64_t cols, int as_float,
+                                         uint8_t *to, int64_t chunk_stride, float *scale,
+                                         float *shift, int32_t *offset, int tokens) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    float all = 0.0f;
+    (void)as_float;
+    for (int64_t first = 0; first < cols; first += 64, to += chunk_stride) {
+        __m512 values[4];
+        __m512i largest = _mm512_setzero_si512(), whole[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            values[i] = sixteen_floats(x, dtype, first + 16 * i, cols);
+            __m512i bits = _mm512_and_si512(_mm512_castps_si512(values[i]), magnitude);
+            largest = _mm512_max_epi32(largest, bits);
+        }
+        float most = float_of((uint32_t)_mm512_reduce_max_epi32(largest));
+        __m512 inverse = _mm512_set1_ps(most > 0.0f ? 127.0f / most : 0.0f);
+        UNROLL for (int i = 0; i < 4; i++) {
+            whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
+            _mm_storeu_si128((__m128i *)(to + 16 * i), _mm512_cvtepi32_epi8(whole[i]));
+        }
+        int32_t low = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
+        int32_t high = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[2], whole[3]));
+        *scale = most / 127.0f;
+        all += *scale * (float)(low + high);
+        scale += tokens;
+        offset[0] = -8 * low;
+        offset[tokens] = -8 * high;
+        offset += 2 * tokens;
+    }
+    *shift = -128.0f * all;
+}
+
+/* Up to eight tokens in a pass; more are halved, so that no pass has few. */
+#define IN_EVEN_PASSES(target, name, ...)                                         \
+    target static void name(const uint8_t *strip, const Tokens *x, float *out) {  \
+        int passes = x->tokens > 8 ? 2 : 1, first = 0;                            \
+        for (; passes; passes--) {                                                \
+            int tokens = (x->tokens - first) / passes;                            \
+            switch (tokens) { __VA_ARGS__ }                                       \
+            first += tokens;                                                      \
+        }                                                                         \
+    }
+#define CASE(count, call) \
+    case count: call; break;
+
+IN_EVEN_PASSES(TARGET_AVX512, int8_dot, CASE(1, int8_pass(strip, x, first, out, 1))
+    CASE(2, int8_pass(strip, x, first, out, 2)) CASE(3, int8_pass(strip, x, first, out, 3))
+    CASE(4, int8_pass(strip, x, first, out, 4)) CASE(5, int8_pass(strip, x, first, out, 5))
+    CASE(6, int8_pass(strip, x, first, out, 6)) CASE(7, int8_pass(strip, x, first, out, 7))
+    CASE(8, int8_pass(strip, x, first, out, 8)))
+
+IN_EVEN_PASSES(TARGET_AVX512, int4_dot, CASE(1, int4_pass(strip, x, first, out, 1))
+    CASE(2, int4_pass(strip, x, first, out, 2)) CASE(3, int4_pass(strip, x, first, out, 3))
+    CASE(4, int4_pass(strip, x, first, out, 4)) CASE(5, int4_pass(strip, x, first, out, 5))
+    CASE(6, int4_pass(strip, x, first, out, 6)) CASE(7, int4_pass(strip, x, first, out, 7))
+    CASE(8, int4_pass(strip, x, first, out, 8)))
+
+IN_EVEN_PASSES(TARGET_AVX512_BF16, bf16_dot, CASE(1, bf16_pass(strip, x, first, out, 1, 4))
+    CASE(2, bf16_pass(strip, x, first, out, 2, 4)) CASE(3, bf16_pass(strip, x, first, out, 3, 2))
+    CASE(4, bf16_pass(strip, x, first, out, 4, 2)) CASE(5, bf16_pass(strip, x, first, out, 5, 2))
+    CASE(6, bf16_pass(strip, x, first, out, 6, 2)) CASE(7, bf16_pass(strip, x, first, out, 7, 2))
+    CASE(8, bf16_pass(strip, x, first, out, 8, 2)))
+
+const Preparation avx512_preparation = {avx512_convert_token, quantize_token,
+                                        avx512_quantize_strip};
+
+const Kernels avx512_kernels = {
+    .prepare = &avx512_preparation,
+    .bf16_as_float = 1,
+    .dot = {avx512_bf16_dot, int8_dot, int4_dot},
+};
+
+const Kernels avx512_bf16_kernels = {
+    .prepare = &avx512_preparation,
+    .dot = {bf16_dot, int8_dot, int4_dot},
+};
+#endif

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+KERNELS = ROOT / "engine" / "kernels"
+[EXTENSION] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+    "ext-modules"
+]
+BUILD = "import sys, setuptools; sys.argv[0] = 'setup.py'; setuptools.setup()"
+
+
+def test_every_c_file_is_compiled_and_every_header_known():
+    assert set(EXTENSION["sources"]) == {f"engine/kernels/{it.name}" for it in KERNELS.glob("*.c")}
+    assert set(EXTENSION["depends"]) == {f"engine/kernels/{it.name}" for it in KERNELS.glob("*.h")}
+
+
+def test_without_a_compiler_the_build_goes_on(tmp_path):
+    done = build(tmp_path, {"CC": "/nonexistent/cc"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_every_file_compiles_without_a_warning(tmp_path):
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("needs gcc or clang")
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        pytest.skip(f"needs Python's headers in {include}")
+    # Without optimisation, which takes most of the time; inlining is still forced where needed.
+    done = subprocess.run(
+        [
+            compiler, "-fsyntax-only", "-std=gnu11", "-Wall", "-Wextra", "-Werror",
+            "-Wno-unused-parameter", "-Wno-missing-field-initializers", f"-I{include}",
+            *(ROOT / it for it in EXTENSION["sources"]),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [("fast", "no kernels are called 'fast'"), ("neon", "cannot be used here")],
+)
+def test_kernels_that_are_not_here_are_refused_in_a_sentence(choice, words):
+    from engine.kernels import native
+    from proto.errors import UsageError
+
+    if choice in native.available():
+        pytest.skip("this machine has it")
+    with pytest.raises(UsageError, match=words if native.library else None):
+        native.choose(choice)
+
+
+def test_the_environment_can_name_the_kernels():
+    done = subprocess.run(
+        [sys.executable, "-c", "from engine.kernels import native; print(native.name())"],
+        env=os.environ | {"COMBOIO_KERNELS": "torch"}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "torch"
+
+
+def build(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What installing does with the C files, into a folder of its own."""
+    return subprocess.run(
+        [
+            sys.executable, "-c", BUILD, "build_ext",
+            "--build-temp", folder / "temp", "--build-lib", folder / "lib", "--force",
+        ],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip

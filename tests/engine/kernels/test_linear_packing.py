@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels import native
+from engine.kernels.packed import FORMATS, HUGE_PAGE, PackedMatrix
+
+ALL = native.available()
+# Of normally distributed weights, relative to their norm.
+ERRORS = {"bf16": 0.002, "int8": 0.009, "int4": 0.085}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_put_back():
+    torch.manual_seed(0)
+    with native.chosen(native.AUTO):
+        yield
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kernels", ALL)
+def test_what_is_unpacked_is_near_what_was_packed(kernels, format):
+    native.choose(kernels)
+    for rows, cols in ((64, 1024), (37, 100), (1, 7), (33, 321)):
+        weight = torch.randn(rows, cols) * 0.02
+        unpacked = PackedMatrix.pack(weight, format).unpack(torch.float32)
+        assert unpacked.shape == weight.shape
+        assert (unpacked - weight).norm() <= ERRORS[format] * weight.norm() * (1 + 8 / cols)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kernels", ALL)
+def test_every_kernel_reads_what_every_other_has_packed(kernels, format):
+    weight = torch.randn(50, 150)
+    packed = PackedMatrix.pack(weight, format)
+    reference = packed.unpack(torch.float32)
+    native.choose(kernels)
+    assert torch.equal(packed.unpack(torch.float32), reference)
+    # Ties of the search for a scale may fall either way, and no more.
+    mine = PackedMatrix.pack(weight, format).unpack(torch.float32)
+    error, least = (mine - weight).norm(), (reference - weight).norm()
+    assert error == pytest.approx(least.item(), rel=1e-3)
+    if format != "int4":
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kernels", ALL)
+def test_the_source_may_have_any_strides(kernels, format, dtype):
+    native.choose(kernels)
+    weight = torch.randn(48, 99).to(dtype)
+    packed = PackedMatrix.pack(weight, format)
+    transposed = weight.t().contiguous().t()
+    within = torch.zeros(96, 198, dtype=dtype)[::2, ::2]
+    within.copy_(weight)
+    for same in (transposed, within):
+        assert torch.equal(PackedMatrix.pack(same, format).data, packed.data)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bfloat16_comes_back_bit_for_bit_from_bf16_and_zeros_from_all(format):
+    weight = torch.randn(40, 70).bfloat16()
+    if format == "bf16":
+        assert torch.equal(PackedMatrix.pack(weight, format).unpack(torch.bfloat16), weight)
+    zeros = PackedMatrix.pack(torch.zeros(40, 70), format)
+    assert not zeros.unpack(torch.float32).any()
+    assert not zeros.matmul(weight).any()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_matrix_filled_in_parts_or_joined_from_parts_is_the_whole(format):
+    weight = torch.randn(90, 130).bfloat16()
+    whole = PackedMatrix.pack(weight, format)
+    filled = PackedMatrix.allocate(format, 90, 130)
+    for start, stop in ((64, 90), (0, 16), (16, 64)):
+        filled.part(start, stop).fill(weight[start:stop])
+    joined = PackedMatrix.concatenated(
+        [PackedMatrix.pack(it, format) for it in (weight[:32], weight[32:80], weight[80:])]
+    )
+    assert torch.equal(filled.data, whole.data)
+    assert torch.equal(joined.data, whole.data)
+    assert joined.rows == 90
+
+
+@pytest.mark.parametrize("bad", [(8, 16), (0, 24), (16, 16), (0, 200), (-16, 16)])
+def test_a_part_that_cuts_a_strip_is_refused(bad):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        PackedMatrix.allocate("int8", 90, 64).part(*bad)
+
+
+def test_four_bits_never_do_worse_than_the_largest_weight_at_minus_eight():
+    weight = torch.randn(64, 512)
+    groups = weight.unflatten(1, (-1, 32))
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scale = extreme / -8
+    plain = (torch.round(groups / scale).clamp(-8, 7) * scale).flatten(1)
+    searched = PackedMatrix.pack(weight, "int4").unpack(torch.float32)
+    assert (searched - weight).norm() < 0.95 * (plain - weight).norm()
+
+
+def test_tiny_and_huge_weights_keep_their_scale():
+    for size in (1e-20, 1e-6, 1e20):
+        weight = torch.randn(16, 64) * size
+        for format in FORMATS:
+            unpacked = PackedMatrix.pack(weight, format).unpack(torch.float32)
+            error = (unpacked.double() - weight.double()).norm()
+            assert error <= 1.2 * ERRORS[format] * weight.double().norm()
+
+
+def test_large_matrices_begin_at_a_huge_page_and_hold_no_more_than_their_size():
+    packed = PackedMatrix.allocate("bf16", 2048, 1024)
+    assert packed.data.numel() == PackedMatrix.num_bytes_of("bf16", 2048, 1024)
+    assert packed.data.data_ptr() % HUGE_PAGE == 0
+    joined = PackedMatrix.concatenated([packed, packed])
+    assert joined.data.data_ptr() % HUGE_PAGE == 0
+    assert joined.rows == 4096
