@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from engine.architecture import Architecture
+from engine.packed_linear import PackedLinear
 
 AdapterShapes = Mapping[str, tuple[int, int]]  # path in the trained model -> (in, out) features
 
@@ -56,14 +57,15 @@ class Places:
         self._linear: dict[str, Place] = {}
         prefixes = tuple(f"{path}." for path in own)
         for path, module in model.named_modules(remove_duplicate=False):
-            self._kinds[path] = type(module).__name__
+            is_packed = isinstance(module, PackedLinear)
+            self._kinds[path] = module.kind if is_packed else type(module).__name__
             if is_linear(module):
                 is_own = path in own or path.startswith(prefixes)
                 in_features, out_features = linear_shape(module)
                 self._linear[path] = Place(
                     in_features,
                     out_features,
-                    is_transposed=not isinstance(module, nn.Linear),
+                    is_transposed=not isinstance(module, (nn.Linear, PackedLinear)),
                     is_before_layers=path in before,
                     module=module if is_own else None,
                 )
@@ -125,6 +127,8 @@ def is_linear(module: nn.Module) -> bool:
 
     A subclass with a forward pass of its own, as some routers have, does something else.
     """
+    if isinstance(module, PackedLinear):
+        return True
     return isinstance(module, _plain_classes()) and any(
         type(module).forward is kind.forward for kind in _plain_classes()
     )
@@ -132,6 +136,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
+    if isinstance(module, PackedLinear):
+        return module.in_features, module.out_features
     weight: Any = module.weight
     first, second = weight.shape
     return (second, first) if isinstance(module, nn.Linear) else (first, second)

@@ -17,8 +17,10 @@ from torch import Tensor
 from engine.adapter_files import BIAS, FIRST, MAGNITUDE, SECOND, AdapterFiles, StoredTensor
 from engine.adapter_places import Place, Places
 from engine.attention import StageRun
+from engine.kernels.packed import STRIP_ROWS
 from engine.lora_layers import Adapter, LoraLayer, applied
-from engine.selfcheck import TOLERANCE, relative_error
+from engine.packed_linear import PackedLinear
+from engine.selfcheck import relative_error, tolerance
 from engine.slots import LayerSlot
 from proto.errors import AdapterError, StepFailed
 from proto.free_memory import free_cpu_bytes
@@ -169,15 +171,24 @@ def _read(files: AdapterFiles, stored: StoredTensor, device: torch.device) -> Te
 
 def _row_lengths(place: Place, first: Tensor, second: Tensor) -> Tensor:
     """The length of each row of weights with the product of the matrices added."""
-    weight: Any = place.module.weight if place.module is not None else None
-    rows = weight.detach().t() if place.is_transposed else weight.detach()
-    step = max(1, _MAX_WEIGHTS // place.in_features)
+    step = max(1, _MAX_WEIGHTS // (place.in_features * STRIP_ROWS)) * STRIP_ROWS
     return torch.cat(
         [
-            (rows[at : at + step].float() + second[at : at + step] @ first).norm(dim=1)
+            (_rows(place, at, at + step) + second[at : at + step] @ first).norm(dim=1)
             for at in range(0, place.out_features, step)
         ]
     )
+
+
+def _rows(place: Place, start: int, stop: int) -> Tensor:
+    """Some rows of a module's weight, as (out, in) in float32; fewer at its end."""
+    module: Any = place.module
+    stop = min(stop, place.out_features)
+    if isinstance(module, PackedLinear):
+        return module.rows(start, stop)
+    weight: Tensor = module.weight.detach()
+    rows = weight.t() if place.is_transposed else weight
+    return rows[start:stop].float()
 
 
 # --- does it work ------------------------------------------------------------------------------
@@ -216,7 +227,7 @@ def _check(stage: Stage, adapter: Adapter, files: AdapterFiles) -> None:
     for expected, result in pairs:
         if not bool(torch.isfinite(expected).all()):
             raise AdapterError(f"{misfit}: with it the layers give NaN on random input.")
-        if relative_error(result, expected) > TOLERANCE[stage.dtype]:
+        if relative_error(result, expected) > tolerance(stage):
             raise AdapterError(
                 f"{misfit}: beside a sequence without it, both come out otherwise than alone."
             )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import Checkpoint
+from engine.stored_quantized import quantization_of
 from proto.errors import ModelError, ModelUnfit
 
 DTYPES: Final = {
@@ -61,9 +62,14 @@ class Architecture:
         return None
 
     @property
+    def num_experts(self) -> int | None:
+        """Experts of a mixture-of-experts layer; None of a dense one."""
+        return _first(self.config, "num_local_experts", "num_experts", "n_routed_experts")
+
+    @property
     def active_expert_share(self) -> float:
         """Part of a mixture-of-experts layer's expert weights that one token uses; 1 if dense."""
-        experts = _first(self.config, "num_local_experts", "num_experts", "n_routed_experts")
+        experts = self.num_experts
         used = _first(self.config, "num_experts_per_tok", "moe_topk", "top_k_experts")
         return min(1.0, used / experts) if experts and used else 1.0
 
@@ -106,12 +112,11 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         raise ModelError(
             f"{where} is an encoder-decoder ({kind}): only decoder-only models can be split"
         )
-    if checkpoint.config_json.get("quantization_config"):
-        method = checkpoint.config_json["quantization_config"].get("quant_method", "?")
-        raise ModelError(
-            f"{where} is stored quantized ({method}), which cannot be loaded yet: "
-            "take the checkpoint it was made from"
-        )
+    if quantization_of(checkpoint) is not None:
+        # The model is built as it was before: weights become plain numbers when they are read.
+        for it in (whole, config):
+            if hasattr(it, "quantization_config"):
+                del it.quantization_config
     try:
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:

@@ -2,10 +2,11 @@
 
 transformers hands every attention call to a function chosen by name. Ours writes the new keys
 and values into the lease's blocks and attends to what each sequence has there, so one flat batch
-of tokens may belong to many sequences at different positions. No mask tensor is made: causality
-and windows follow from positions, by the rule that `engine.masks` learnt for each call. Knows no
-architecture; that rule and what it is told per call (scale, soft cap, sinks) is all that differs
-between them.
+of tokens may belong to many sequences at different positions. Runs of a few tokens are attended by
+`engine.kernels`, straight over the blocks; long ones, and all where there are no kernels, by torch.
+Causality and windows follow from positions, by the rule that `engine.masks` learnt for each call.
+Knows no architecture; that rule and what it is told per call (scale, soft cap, sinks) is all that
+differs between them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.kernels import attention as kernels
 from engine.kv import BlockCache, KvSpan, Site, SiteShape, span_of, token_slots
 from engine.masks import FULL, MaskFunction, MaskNotes, Rule
 from proto.errors import ModelUnfit
@@ -70,24 +72,53 @@ class StageRun:
         return self.start + self.num_tokens
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CallSettings:
+    """What a model tells its attention of one site, besides queries, keys and values."""
+
+    scale: float  # of the scores
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+    sinks: Tensor | None = None  # (heads,) logits that take part in the softmax only
+
+    def same_as(self, other: CallSettings) -> bool:
+        """Whether they say the same; sinks are compared by identity."""
+        return (
+            self.scale == other.scale
+            and self.softcap == other.softcap
+            and self.sinks is other.sinks
+        )
+
+
 @dataclass(slots=True)
 class StepContext:
-    """What attention and rotary tables need to know of the step that is running."""
+    """What attention and rotary tables need to know of the step that is running.
+
+    What is the same for all layers is worked out once, when the first of them asks.
+    """
 
     runs: Sequence[StageRun]
     cache: BlockCache | None  # None: attention computes nothing
     device: torch.device
-    slots: Tensor  # (tokens,) int64 on `device`: where new keys and values go
+    slots: Tensor | None = None  # (tokens,) int64 on `device`: where new keys and values go
     rules: dict[Site, Rule] = field(default_factory=dict)  # what each attention call may see
+    plainly: bool = False  # layers run as transformers has them, not in their lean form
     notes: MaskNotes | None = None  # only in the pass that learns `rules` and `shapes`
     layer: int = -1  # set by the layer slot that is running
     calls: int = 0  # attention calls seen in this layer
     shapes: dict[Site, SiteShape] = field(default_factory=dict)
     spans: dict[tuple[int, int], KvSpan] = field(default_factory=dict)
+    masks: dict[tuple[int, Rule], Tensor] = field(default_factory=dict)
+    packed: bytes | None = None  # the runs, as the kernels read them
 
     def enter_layer(self, layer: int) -> None:
         """Note which layer's attention comes next."""
         self.layer, self.calls = layer, 0
+
+    def next_site(self) -> Site:
+        """Which attention call this is."""
+        site = (self.layer, self.calls)
+        self.calls += 1
+        return site
 
     def span(self, run: int, first: int) -> KvSpan:
         """Slots of one run's sequence from position `first` to its end, worked out once a step."""
@@ -96,6 +127,35 @@ class StepContext:
             it = self.runs[run]
             known = self.spans[run, first] = span_of(it.blocks, first, it.stop, self.device)
         return known
+
+    def mask(self, run: int, rule: Rule, dtype: torch.dtype) -> Tensor:
+        """What a run's tokens see from the first visible position on, as what is added to scores.
+
+        (num_tokens, positions) of 0 and -infinity, made once a step.
+        """
+        known = self.masks.get((run, rule))
+        if known is None:
+            it = self.runs[run]
+            visible = Visible(rule, rule.first_visible(it.start), it.start)
+            seen = visible.mask(0, it.num_tokens, it.stop - visible.first, self.device)
+            known = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+            known.masked_fill_(~seen, float("-inf"))
+            self.masks[run, rule] = known
+        return known
+
+    def new_slots(self) -> Tensor:
+        """Where the step's keys and values go: (tokens,) int64."""
+        if self.slots is None:
+            self.slots = slots_of(self.runs, self.device)
+        return self.slots
+
+    def packed_runs(self) -> bytes:
+        """The runs as the kernels read them."""
+        if self.packed is None:
+            self.packed = kernels.pack_step(
+                [(run.start, run.num_tokens, run.blocks) for run in self.runs]
+            )
+        return self.packed
 
 
 _running: StepContext | None = None
@@ -156,47 +216,161 @@ def block_attention(
         ModelUnfit: the model asks for something that this attention does not do.
     """
     step = current()
-    site = (step.layer, step.calls)
     if step.notes is not None:
         rule = FULL if not sliding_window else Rule("sliding", sliding_window)
         if attention_mask is not None:
             rule = step.notes.rule(attention_mask) or _refuse_mask(module)
-        step.rules[site] = rule
+        step.rules[step.layer, step.calls] = rule
     elif attention_mask is not None:
         _refuse_mask(module)
-    _refuse_unknown(module, others)
-    step.calls += 1
-    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    queries = query[0]
-    num_tokens, value_size = keys.shape[0], values.shape[2]
-    if step.cache is None:
-        step.shapes[site] = SiteShape(keys.shape[1], keys.shape[2], value_size)
-        shape = (1, num_tokens, queries.shape[0], value_size)
-        return query.new_zeros(shape), None
-    step.cache.write(site, step.slots, keys, values)
-    rule = step.rules[site]
-    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
-    out = query.new_empty(num_tokens, queries.shape[0], value_size)
-    row = 0
-    for number, run in enumerate(step.runs):
-        first = rule.first_visible(run.start)
-        past_keys, past_values = step.cache.read(site, step.span(number, first))
-        result = _attend(
-            queries[:, row : row + run.num_tokens],
-            past_keys.transpose(0, 1),
-            past_values.transpose(0, 1),
-            visible=_Visible(rule, first, run.start),
-            scale=scale,
-            softcap=softcap,
-            sinks=s_aux,
-        )
-        out[row : row + run.num_tokens] = result.transpose(0, 1)
-        row += run.num_tokens
+    if others:
+        _refuse_unknown(module, others)
+    elif getattr(module, "is_causal", True) is False:
+        _refuse_unknown(module, {"is_causal": False})
+    settings = call_settings(query, scaling=scaling, softcap=softcap, s_aux=s_aux)
+    out = attend(
+        step,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        settings,
+    )
     return out.unsqueeze(0), None
 
 
+def call_settings(
+    query: Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_others: Any,
+) -> CallSettings:
+    """What a call of `block_attention` says of its site."""
+    return CallSettings(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+
+
+def attend(
+    step: StepContext, queries: Tensor, keys: Tensor, values: Tensor, settings: CallSettings
+) -> Tensor:
+    """Attend from the step's tokens to their own sequences' blocks; the step's next call.
+
+    Args:
+        queries: (tokens, heads, key_size), rotary already applied, of any strides, as are
+        keys: (tokens, kv_heads, key_size), and
+        values: (tokens, kv_heads, value_size).
+        settings: the same object at every step saves a comparison.
+    Returns:
+        (tokens, heads, value_size), contiguous.
+    """
+    site = step.next_site()
+    num_tokens, kv_heads, value_size = values.shape
+    out = queries.new_empty(num_tokens, queries.shape[1], value_size)
+    cache = step.cache
+    if cache is None:
+        step.shapes[site] = SiteShape(kv_heads, keys.shape[2], value_size)
+        return out.zero_()
+    rule = step.rules[site]
+    by_kernels = kernels.can_attend(step.device) and _attend_short(
+        step, site, queries, keys, values, out, rule, settings
+    )
+    if not by_kernels:
+        cache.write(site, step.new_slots(), keys, values)
+    row = 0
+    for number, run in enumerate(step.runs):
+        if run.num_tokens > kernels.MAX_RUN_TOKENS or not by_kernels:
+            _attend_run(
+                step,
+                site,
+                number,
+                queries[row : row + run.num_tokens].transpose(0, 1),
+                out[row : row + run.num_tokens],
+                rule,
+                settings,
+            )
+        row += run.num_tokens
+    return out
+
+
+def _attend_short(
+    step: StepContext,
+    site: Site,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    rule: Rule,
+    settings: CallSettings,
+) -> bool:
+    """Write all keys and values, and attend from the runs of a few tokens; False: none of it.
+
+    What the kernels are told of the site stays with the cache, whose memory it names.
+    """
+    cache = step.cache
+    assert cache is not None
+    known = cache.told.get(site)
+    if known is None or not (known.settings is settings or known.settings.same_as(settings)):
+        known = cache.told[site] = _tell(cache, site, queries.shape[1], rule, settings)
+    if known.packed is None or queries.dtype != cache.dtype or keys.dtype != values.dtype:
+        return False
+    kernels.attend(step.packed_runs(), known.packed, queries, keys, values, out)
+    return True
+
+
 @dataclass(frozen=True, slots=True)
-class _Visible:
+class Told:
+    """What the kernels were told of a site, and what that rests on."""
+
+    packed: bytes | None  # None: they cannot
+    settings: CallSettings
+    sinks: Tensor | None  # the packed bytes name its memory
+
+
+def _tell(cache: BlockCache, site: Site, heads: int, rule: Rule, settings: CallSettings) -> Told:
+    sinks = settings.sinks
+    if sinks is not None:
+        sinks = sinks.detach().float().contiguous()
+    keys, values = cache.tensors(site)
+    packed = kernels.pack_site(keys, values, heads, rule, settings.scale, settings.softcap, sinks)
+    return Told(packed, settings, sinks)
+
+
+def _attend_run(
+    step: StepContext,
+    site: Site,
+    number: int,
+    queries: Tensor,
+    out: Tensor,
+    rule: Rule,
+    settings: CallSettings,
+) -> None:
+    """One run by torch: queries (heads, n, key_size) into `out` (n, heads, value_size)."""
+    assert step.cache is not None
+    run = step.runs[number]
+    first = rule.first_visible(run.start)
+    past_keys, past_values = step.cache.read(site, step.span(number, first))
+    keys, values = past_keys.transpose(0, 1), past_values.transpose(0, 1)
+    if settings.softcap is not None or settings.sinks is not None:
+        visible = Visible(rule, first, run.start)
+        result = _attend_explicitly(queries, keys, values, visible, settings)
+    elif run.num_tokens == 1:
+        result = _attend_from_one(queries, keys, values, settings.scale)
+    else:
+        whole = run.start == 0 and rule == FULL
+        result = scaled_dot_product_attention(
+            queries[None],
+            keys[None],
+            values[None],
+            attn_mask=None if whole else step.mask(number, rule, queries.dtype),
+            is_causal=whole,
+            scale=settings.scale,
+            enable_gqa=queries.shape[0] > keys.shape[0],
+        )[0]
+    out.copy_(result.transpose(0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
     """Which of the positions from `first` on each query from `start` on may see."""
 
     rule: Rule
@@ -210,54 +384,28 @@ class _Visible:
         return self.rule.visible(positions[:, None], others[None, :])
 
 
-def _attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    visible: _Visible,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """One sequence: queries (heads, n, key_size), keys and values (kv_heads, s, size).
-
-    Returns (heads, n, value_size).
-    """
-    if softcap is not None or sinks is not None:
-        return _attend_explicitly(queries, keys, values, visible, scale, softcap, sinks)
-    heads, num_queries, _ = queries.shape
-    kv_heads, num_keys, _ = keys.shape
-    group = heads // kv_heads
-    if num_queries == 1:
-        # The heads that share keys become queries of one head: no keys are repeated.
-        folded = queries.view(kv_heads, group, -1)
-        result = scaled_dot_product_attention(folded[None], keys[None], values[None], scale=scale)
-        return result[0].reshape(heads, 1, -1)
-    whole = num_keys == num_queries and visible.rule == FULL
-    mask = None if whole else visible.mask(0, num_queries, num_keys, queries.device)
-    result = scaled_dot_product_attention(
-        queries[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=whole,
-        scale=scale,
-        enable_gqa=group > 1,
-    )
-    return result[0]
+def _attend_from_one(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """A lone token sees all that was read. The heads that share keys become queries of one head:
+    no keys are repeated."""
+    heads, kv_heads = queries.shape[0], keys.shape[0]
+    folded = queries.reshape(kv_heads, heads // kv_heads, -1)
+    result = scaled_dot_product_attention(folded[None], keys[None], values[None], scale=scale)
+    return result[0].reshape(heads, 1, -1)
 
 
 def _attend_explicitly(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    visible: _Visible,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    visible: Visible,
+    settings: CallSettings,
 ) -> Tensor:
-    """Attention with a soft cap or sinks, softmax in float32, in slices of queries."""
+    """Attention with a soft cap or sinks, softmax in float32, in slices of queries.
+
+    One sequence: queries (heads, n, key_size), keys and values (kv_heads, s, size); returns
+    (heads, n, value_size).
+    """
+    scale, softcap, sinks = settings.scale, settings.softcap, settings.sinks
     heads, num_queries, _ = queries.shape
     kv_heads, num_keys, _ = keys.shape
     group = heads // kv_heads

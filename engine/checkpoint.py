@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
@@ -177,6 +177,33 @@ class Checkpoint:
         entry = self.entry(key)
         tensor = read_tensor(self._data(entry.file), key, entry, progress)
         self.read_bytes += entry.num_bytes
+        return tensor
+
+    def read_part(
+        self,
+        key: str,
+        start: int,
+        stop: int,
+        progress: Progress | None = None,
+        buffer: Tensor | None = None,
+    ) -> Tensor:
+        """Read some entries of a tensor's first axis from disk, and nothing else.
+
+        Args:
+            buffer: uint8, at least as long as those entries: what is returned lies in it.
+        Raises:
+            ModelError: as `read`.
+        """
+        entry = self.entry(key)
+        each = entry.num_bytes // max(1, entry.shape[0])
+        part = replace(
+            entry,
+            shape=(stop - start, *entry.shape[1:]),
+            offset=entry.offset + start * each,
+            num_bytes=(stop - start) * each,
+        )
+        tensor = read_tensor(self._data(entry.file), key, part, progress, buffer)
+        self.read_bytes += part.num_bytes
         return tensor
 
     def map(self, key: str) -> Tensor:
@@ -368,14 +395,21 @@ def _checked_weight_map(index: dict[str, Any], name: str) -> dict[str, str]:
 
 
 def read_tensor(
-    path: Path, key: str, entry: TensorEntry, progress: Progress | None = None
+    path: Path,
+    key: str,
+    entry: TensorEntry,
+    progress: Progress | None = None,
+    buffer: Tensor | None = None,
 ) -> Tensor:
-    """Read one tensor of a safetensors file, and nothing else.
+    """Read one tensor of a safetensors file, and nothing else; into a buffer, if there is one.
 
     Raises:
         ModelError: the file cannot be read, or ends before the tensor does; names both.
     """
-    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    if buffer is None:
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    else:
+        data = buffer[: entry.num_bytes]
     view = data.numpy().data
     done = 0
     with _opened(path) as file:

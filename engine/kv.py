@@ -7,12 +7,15 @@ Knows tensors and block ids only. Which sequence owns which block is decided in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from proto.errors import RemoteProtocolError
+
+if TYPE_CHECKING:
+    from engine.attention import Told
 
 # Tokens per block. Small enough that a short sequence wastes little and that prefixes are shared
 # finely, large enough that a table of 16k tokens is 1024 entries (4 KiB beside each step).
@@ -40,7 +43,7 @@ class SiteShape:
 class BlockCache:
     """Keys and values of every attention call of one stage, for the sequences of one lease.
 
-    Each site holds two tensors of shape (num_blocks, BLOCK_TOKENS, heads, size). They are
+    Each site holds two tensors of shape (num_blocks * BLOCK_TOKENS, heads, size). They are
     allocated without being written, so the operating system hands out pages as blocks fill.
     """
 
@@ -51,13 +54,18 @@ class BlockCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks, self.dtype = num_blocks, dtype
+        self.told: dict[Site, Told] = {}  # of `engine.attention`: it names this memory
         self._keys: dict[Site, Tensor] = {}
         self._values: dict[Site, Tensor] = {}
         for site, shape in shapes.items():
             rows = (num_blocks * BLOCK_TOKENS, shape.num_heads)
             self._keys[site] = torch.empty(*rows, shape.key_size, dtype=dtype, device=device)
             self._values[site] = torch.empty(*rows, shape.value_size, dtype=dtype, device=device)
+
+    def tensors(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, (slots, heads, size) each, contiguous."""
+        return self._keys[site], self._values[site]
 
     def write(self, site: Site, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the (tokens, heads, size) `keys` and `values` into the token slots (tokens,)."""

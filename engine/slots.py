@@ -8,11 +8,14 @@ the last one puts the hidden states in. Knows no architecture.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from engine.attention import current
+
+if TYPE_CHECKING:
+    from engine.lean.layer import LeanLayer
 
 
 class SectionDone(Exception):
@@ -54,6 +57,7 @@ class LayerSlot(nn.Module):
         super().__init__()
         self.index = index
         self.inner = inner
+        self.lean: LeanLayer | None = None  # what runs in its place, in most steps
         self._conductor = [conductor]  # in a list, since a module's attribute would be a child
         self._told = {
             name: value
@@ -84,8 +88,12 @@ class LayerSlot(nn.Module):
             return (hidden,) if conductor.returns_tuple else hidden
         if self.index == conductor.start and conductor.hidden is not None:
             hidden = conductor.hidden
-        current().enter_layer(self.index)
-        out = self.inner(hidden, *args, **settings)
+        step = current()
+        step.enter_layer(self.index)
+        if self.lean is None or step.plainly:
+            out = self.inner(hidden, *args, **settings)
+        else:
+            out = self.lean(hidden[0], settings.get("position_embeddings"), step).unsqueeze(0)
         conductor.returns_tuple = isinstance(out, tuple)
         if self.index == conductor.end - 1:
             conductor.result = out[0] if isinstance(out, tuple) else out

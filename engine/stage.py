@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,18 +27,23 @@ from engine.architecture import (
     first_line,
     read_architecture,
 )
-from engine.attention import StageRun, StepContext, slots_of
+from engine.attention import StageRun, StepContext
 from engine.checkpoint import Checkpoint
+from engine.kernels import native
+from engine.kernels.attention import MAX_RUN_TOKENS
 from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
+from engine.lean.fitting import fit_layers
 from engine.lora_layers import Adapter, applied
 from engine.masks import MaskNotes, Rule
 from engine.outline import before_and_after, put_slots, stub_unloaded
+from engine.packed_cache import PackedCache
 from engine.plan import plan_section
+from engine.quantize import PackedParts, Packing, choose_packing, put_packed
 from engine.rotary import by_length
 from engine.selfcheck import check_stage
-from engine.slots import Conductor, SectionDone
+from engine.slots import Conductor, LayerSlot, SectionDone
 from engine.staging import Staging
-from engine.weights import WeightPlan, fill_buffers
+from engine.weights import Wanted, WeightPlan, fill_buffers
 from proto.errors import Error, ModelUnfit, UsageError
 
 __all__ = ["BlockCache", "Stage", "StageRun", "load_stage"]
@@ -61,10 +67,12 @@ class Stage:
         dtype: torch.dtype,
         stage_bytes: int,
         places: Places,
+        packed: PackedParts,
         feeds_token_ids: bool = False,
     ) -> None:
         """Take a loaded model over; `load_stage` is the way to make one."""
         self.places = places  # where adapters can be applied
+        self.packed = packed  # which modules are, and in which format
         self.model_name, self.fingerprint = checkpoint.name, checkpoint.fingerprint
         self.read_bytes, self.stage_bytes = checkpoint.read_bytes, stage_bytes
         self.architecture = architecture.name
@@ -87,9 +95,34 @@ class Stage:
         return self.end_layer == self.num_layers
 
     @property
+    def packing(self) -> Packing | None:
+        """The formats that matrices are held in; None where all are as torch's own modules are."""
+        return self.packed.packing
+
+    @property
+    def quantize(self) -> str:
+        """ "none", "int8" or "int4"."""
+        return self.packing.layers if self.packing is not None and self.packing.is_lossy else "none"
+
+    @property
     def attention_calls(self) -> dict[Site, SiteShape]:
         """What each attention call of the section keeps per token."""
         return dict(self._shapes)
+
+    @property
+    def slots(self) -> list[LayerSlot]:
+        """The section's layers, in order."""
+        return [it for it in self.modules() if isinstance(it, LayerSlot) and it.inner is not None]
+
+    @property
+    def plain_layers(self) -> list[int]:
+        """Layers that run as transformers wrote them, since no lean form of them is known."""
+        return [slot.index for slot in self.slots if slot.lean is None]
+
+    def run_plainly(self) -> None:
+        """Run all layers as transformers wrote them."""
+        for slot in self.slots:
+            slot.lean = None
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """Everything that the model consists of here, slots and stand-ins included."""
@@ -122,8 +155,8 @@ class Stage:
             runs=runs,
             cache=cache,
             device=self.device,
-            slots=slots_of(runs, self.device),
             rules=self._rules,
+            plainly=self._runs_plainly(len(hidden), runs),
         )
         with applied([(run.adapter, run.num_tokens) for run in runs], self.device):
             return self._layers(token_ids, hidden, context)
@@ -150,6 +183,15 @@ class Stage:
             out = self._call(hidden.unsqueeze(0), torch.zeros_like(hidden[:, 0]).long(), context)
         logits: Tensor = out.logits[0]
         return logits.float()
+
+    def _runs_plainly(self, num_tokens: int, runs: Sequence[StageRun]) -> bool:
+        """Whether a step goes through the layers as transformers has them.
+
+        Adapters are applied to its modules. In float32, people compare with transformers' own
+        results: a prompt's are the same to the last bits then, and calls cost little beside them.
+        """
+        exact = self.dtype == torch.float32 and num_tokens > MAX_RUN_TOKENS
+        return exact or any(run.adapter is not None for run in runs)
 
     def _layers(self, token_ids: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         embeds = hidden.to(self.device).unsqueeze(0)
@@ -211,6 +253,9 @@ def load_stage(
     threads: int | None = None,
     progress: LoadProgress | None = None,
     staging: Staging | None = None,
+    quantize: str = "none",
+    quantize_head: str = "auto",
+    cache: PackedCache | None = None,
 ) -> Stage:
     """Load one section of a checkpoint, reading only that section's tensors.
 
@@ -224,27 +269,24 @@ def load_stage(
         threads: torch's threads; None leaves torch's own choice.
         progress: called with (bytes read, bytes to read).
         staging: where the section's bytes are copied to first, to be read from there.
+        quantize: "none", "int8", "int4": how weights are rounded, tensor by tensor as they come.
+        quantize_head: the same for the lm_head: "auto", "int8", or "same" as the layers.
+        cache: where rounded weights are kept for the next start.
     Raises:
         ModelError: no checkpoint there, a damaged one, or one that cannot be split.
         SplitError: no such section.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    native.set_threads(torch.get_num_threads())
     checkpoint = Checkpoint(model)
     architecture = read_architecture(checkpoint)
     chosen = choose_dtype(dtype, architecture)
     where = choose_device(device)
     attention.register()
-    make = partial(
-        _make_stage,
-        checkpoint,
-        architecture,
-        chosen,
-        where,
-        (layers, sections, index),
-        progress,
-        staging,
-    )
+    packing = choose_packing(quantize, quantize_head, chosen, where)
+    loader = _Loader(checkpoint, architecture, where, packing, progress, staging, cache)
+    make = partial(_make_stage, loader, chosen, (layers, sections, index))
     try:
         return make(feeds_token_ids=False)
     except ModelUnfit as unfit:
@@ -256,38 +298,108 @@ def load_stage(
             raise unfit from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Whatever the loading of a stage needs to know, and whom it tells."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    device: torch.device
+    packing: Packing | None
+    progress: LoadProgress | None
+    staging: Staging | None
+    cache: PackedCache | None
+
+    def section(
+        self, model: Any, conductor: Conductor, *, feeds_token_ids: bool
+    ) -> tuple[int, Places, PackedParts]:
+        """Bring the section's weights in and put slots and stand-ins where the rest was.
+
+        Returns:
+            Bytes held, where adapters can be applied, and what is packed.
+        """
+        path, layers = find_layers(model, self.architecture)
+        plan = WeightPlan(model, self.architecture, self.checkpoint)
+        before, after = before_and_after(model, path, layers, self.architecture.name)
+        own_layers = tuple(f"{path}.{it}." for it in range(conductor.start, conductor.end))
+        own_modules = (after if conductor.end == conductor.num_layers else set()) | (
+            before if feeds_token_ids else set()
+        )
+
+        def is_own(path: str) -> bool:
+            return path.startswith(own_layers) or path in own_modules
+
+        def wanted(name: str) -> bool:
+            return name.startswith(own_layers) or name.rpartition(".")[0] in own_modules
+
+        packed = put_packed(
+            model, self.architecture, self.packing, self.device, is_own, plan.dtype_of
+        )
+        own = {it.removesuffix(".") for it in own_layers} | own_modules
+        places = Places(model, self.architecture, path, own=own, before=before)
+        held = self._read(plan, wanted, (conductor.start, conductor.end), packed)
+        put_slots(model, path, layers, conductor)
+        stub_unloaded(model, self.device)
+        fill_buffers(model, self.device)
+        return held, places, packed
+
+    def _read(
+        self, plan: WeightPlan, wanted: Wanted, layers: tuple[int, int], packed: PackedParts
+    ) -> int:
+        """Fill everything that is wanted, from the cache as far as it has it."""
+        shelf = None
+        if self.cache is not None and packed.packing is not None and packed.packing.is_lossy:
+            shelf = self.cache.shelf(self.checkpoint, plan, packed)
+        total = plan.source_bytes(wanted) if self.progress is not None else 0
+        done = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if self.progress is not None:
+                self.progress(done, max(total, done))
+
+        if shelf is not None:
+            total += shelf.num_bytes - shelf.source_bytes
+            packed.fetched_bytes = shelf.fetch(count)
+        with _at_hand(self.checkpoint, plan.sources(wanted), layers, self.staging):
+            held = plan.load(wanted, self.device, count)
+        if shelf is not None:
+            shelf.store()
+        packed.finish()
+        return held + packed.packed_bytes
+
+
 def _make_stage(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    loader: _Loader,
     dtype: torch.dtype,
-    device: torch.device,
     asked: tuple[tuple[int, int] | None, int | None, int | None],
-    progress: LoadProgress | None,
-    staging: Staging | None,
     *,
     feeds_token_ids: bool,
 ) -> Stage:
+    checkpoint, architecture = loader.checkpoint, loader.architecture
     checkpoint.read_bytes = 0
     model = architecture.build(dtype, attention.ATTENTION_NAME)
     layers, sections, index = asked
     start, end = plan_section(model, architecture, layers=layers, sections=sections, index=index)
     conductor = Conductor(start, end, architecture.num_layers)
     try:
-        held, places = _load_section(
-            model, architecture, checkpoint, conductor, device, progress, staging, feeds_token_ids
-        )
+        held, places, packed = loader.section(model, conductor, feeds_token_ids=feeds_token_ids)
         by_length(model)
         stage = Stage(
             checkpoint=checkpoint,
             architecture=architecture,
             model=model,
             conductor=conductor,
-            device=device,
+            device=loader.device,
             dtype=dtype,
             stage_bytes=held,
             places=places,
+            packed=packed,
             feeds_token_ids=feeds_token_ids,
         )
+        if loader.device.type == "cpu":
+            fit_layers(stage)
         check_stage(stage)
     except (Error, MemoryError, torch.OutOfMemoryError):
         raise
@@ -297,48 +409,6 @@ def _make_stage(
             f"run on the hidden states of the layer before alone ({first_line(exc)})"
         ) from exc
     return stage
-
-
-def _load_section(
-    model: Any,
-    architecture: Architecture,
-    checkpoint: Checkpoint,
-    conductor: Conductor,
-    device: torch.device,
-    progress: LoadProgress | None,
-    staging: Staging | None,
-    feeds_token_ids: bool,
-) -> tuple[int, Places]:
-    """Bring the section's weights in and put slots and stand-ins where the rest was."""
-    path, layers = find_layers(model, architecture)
-    plan = WeightPlan(model, architecture, checkpoint)
-    before, after = before_and_after(model, path, layers, architecture.name)
-    own_layers = tuple(f"{path}.{it}." for it in range(conductor.start, conductor.end))
-    own_modules = (after if conductor.end == conductor.num_layers else set()) | (
-        before if feeds_token_ids else set()
-    )
-
-    def wanted(name: str) -> bool:
-        return name.startswith(own_layers) or name.rpartition(".")[0] in own_modules
-
-    own = {it.removesuffix(".") for it in own_layers} | own_modules
-    places = Places(model, architecture, path, own=own, before=before)
-    total = plan.source_bytes(wanted) if progress is not None else 0
-    done = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(done, max(total, done))
-
-    section = (conductor.start, conductor.end)
-    with _at_hand(checkpoint, plan.sources(wanted), section, staging):
-        held = plan.load(wanted, device, count)
-    put_slots(model, path, layers, conductor)
-    stub_unloaded(model, device)
-    fill_buffers(model, device)
-    return held, places
 
 
 def _at_hand(

@@ -2,13 +2,14 @@
 
 Which checkpoint keys make which parameter (renamed, stacked, split) is transformers' own
 knowledge (`transformers.core_model_loading`); this file asks it, keeps what is wanted, and reads
-parameter by parameter, so that no more than one parameter's sources are in memory at a time.
+parameter by parameter, so that no more than one parameter's sources are in memory at a time. What
+is packed (`engine.packed_linear`) is read in parts of a parameter: some rows, or one expert.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from engine.architecture import Architecture, find_layers
 from engine.checkpoint import Checkpoint, Progress
+from engine.packed_linear import Packed
+from engine.stored_quantized import StoredTensors
 from proto.errors import ModelError
 
 Wanted = Callable[[str], bool]  # by parameter name
@@ -49,6 +52,7 @@ class WeightPlan:
         )
 
         self._model, self._checkpoint, self._name = model, checkpoint, architecture.name
+        self._stored = StoredTensors(checkpoint)
         self._mapped = mapped
         self._shapes: dict[str, Tensor] = model.state_dict()
         # Two parameters that are one tensor; a checkpoint stores either of them, or both.
@@ -58,10 +62,10 @@ class WeightPlan:
         renamings = [it for it in transforms if isinstance(it, WeightRenaming)]
         converters = [it for it in transforms if isinstance(it, WeightConverter)]
         by_pattern = {pattern: it for it in converters for pattern in it.source_patterns}
-        without_prefix = _prefix_remover(model, architecture, checkpoint)
+        without_prefix = _prefix_remover(model, architecture, self._stored)
         # First target -> (the transform, [(its source pattern, checkpoint key)])
         self._steps: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        for key in sorted(checkpoint, key=_natural):
+        for key in sorted(self._stored, key=_natural):
             plain = without_prefix(key)
             target, pattern = rename_source_key(
                 plain, renamings, converters, model.base_model_prefix, self._shapes
@@ -78,30 +82,55 @@ class WeightPlan:
                 self._steps[target] = transform
 
     def sources(self, wanted: Wanted) -> list[str]:
-        """The checkpoint keys that the wanted parameters are made of."""
-        twins = [twin for _, twin in self._tied_targets(wanted)]
-        return [key for it in [*self._targets(wanted), *twins] for _, key in self._steps[it][1]]
+        """The checkpoint keys that the wanted parameters are made of, and that are not here yet."""
+        return [key for it in self._needed(wanted) for key in self._keys(it)]
 
     def source_bytes(self, wanted: Wanted) -> int:
         """How many bytes loading the wanted parameters will read."""
         return sum(self._checkpoint.entry(key).num_bytes for key in self.sources(wanted))
 
+    def recipe(self, name: str) -> tuple[list[str], str] | None:
+        """What a parameter is made of: checkpoint keys, in order, and what is done with them.
+
+        None where a key makes several parameters: then they are not told apart.
+        """
+        target = name if name in self._steps else self._tied.get(name, "")
+        if target not in self._steps:
+            return None
+        transform = self._steps[target][0]
+        how = self._stored.method
+        if transform is not None:
+            if len(transform.target_patterns) != 1:
+                return None
+            how += f"{transform.source_patterns} {transform.operations}"
+        return self._keys(target), how
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The parameter's dtype; a few models keep some parameters in float32 whatever is asked."""
+        if name not in self._shapes:
+            return torch.float32
+        meant = self._shapes[name].dtype
+        patterns = set(getattr(self._model, "_keep_in_fp32_modules_strict", None) or ())
+        if meant == torch.float16:
+            patterns |= set(getattr(self._model, "_keep_in_fp32_modules", None) or ())
+        parts = name.split(".")
+        return torch.float32 if any(it in parts for it in patterns) else meant
+
     def load(self, wanted: Wanted, device: torch.device, progress: Progress | None) -> int:
         """Read the wanted parameters into the model and return the bytes they hold there.
+
+        What is packed, and is there already, is not read.
 
         Raises:
             ModelError: a wanted parameter is not in the checkpoint, or has another shape there.
         """
         held = 0
-        for target in self._targets(wanted):
-            for name, value in self._made(target, progress).items():
-                if wanted(name) or name == target:
-                    held += self._assign(name, value, device)
+        for target in self._needed_targets(wanted):
+            held += self._load(target, target, wanted, device, progress)
         for name, twin in self._tied_targets(wanted):
-            if self._is_meta(name):
-                (value,) = self._made(twin, progress, like=name).values()
-                held += self._assign(name, value, device)
-        missing = [name for name in self._shapes if wanted(name) and self._is_meta(name)]
+            if self._lacks(name):
+                held += self._load(name, twin, wanted, device, progress)
+        missing = [name for name in self._shapes if wanted(name) and self._lacks(name)]
         if missing:
             raise ModelError(
                 f"{self._checkpoint.name} lacks {len(missing)} tensors that {self._name} needs "
@@ -109,8 +138,96 @@ class WeightPlan:
             )
         return held
 
-    def _targets(self, wanted: Wanted) -> list[str]:
-        return [target for target in self._steps if wanted(target)]
+    def _load(
+        self,
+        name: str,
+        target: str,
+        wanted: Wanted,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> int:
+        """Read what the parameter `name` is made of; `target` is what that is stored under."""
+        packed = self._packed_owner(name)
+        if packed is not None and self._pack(*packed, name, target, progress):
+            return 0
+        held = 0
+        for made, value in self._made(target, progress, like=name).items():
+            if target != name:
+                held += self._assign(name, value, device)
+            elif wanted(made) or made == name:
+                held += self._assign(made, value, device)
+        return held
+
+    def _pack(
+        self, module: Packed, leaf: str, name: str, target: str, progress: Progress | None
+    ) -> bool:
+        """Give a packed module its weight part by part; False where it comes only as a whole."""
+        shape = tuple(self._shapes[name].shape)
+        transform, sources = self._steps[target]
+        if transform is None:
+            key = sources[0][1]
+            stored = self._stored.shape(key)
+            if stored != shape:
+                raise self._misshapen(name, stored)
+            step = module.part_length(leaf)
+            for start in range(0, shape[0], step):
+                part = self._stored.read_part(key, start, min(start + step, shape[0]), progress)
+                module.take(leaf, start, self._for_packing(module, part, name))
+            return True
+        experts = _one_by_one(transform, sources, shape)
+        if experts is None:
+            return False
+        for number, own in enumerate(experts):
+            part = self._converted(transform, target, own, None, progress)
+            if tuple(part.shape) != (1, *shape[1:]):
+                raise self._misshapen(name, (len(experts), *part.shape[1:]))
+            module.take(leaf, number, self._for_packing(module, part, name))
+        return True
+
+    def _for_packing(self, module: Packed, part: Tensor, name: str) -> Tensor:
+        """Rounding is done once, from what is stored; without rounding, in the model's dtype."""
+        return part if module.format != "bf16" else part.to(self.dtype_of(name))
+
+    def _needed(self, wanted: Wanted) -> list[str]:
+        """Targets that are to be read, under the names that the checkpoint has them."""
+        tied = [twin for name, twin in self._tied_targets(wanted) if self._lacks(name)]
+        return [*self._needed_targets(wanted), *tied]
+
+    def _needed_targets(self, wanted: Wanted) -> list[str]:
+        """Wanted targets but for packed ones that are here already."""
+        return [it for it in self._steps if wanted(it) and not self._is_packed(it)]
+
+    def _is_packed(self, name: str) -> bool:
+        packed = self._packed_owner(name)
+        return packed is not None and not packed[0].lacks(packed[1])
+
+    def _packed_owner(self, name: str) -> tuple[Packed, str] | None:
+        """The module that packs a parameter, and its name there; None if nobody does."""
+        module, leaf = _owner(self._model, name)
+        if isinstance(module, Packed) and leaf in module.packed_leaves:
+            return module, leaf
+        return None
+
+    def _keys(self, target: str) -> list[str]:
+        return [it for _, key in self._steps[target][1] for it in self._stored.parts(key)]
+
+    def _converted(
+        self,
+        transform: Any,
+        target: str,
+        sources: list[tuple[str, str]],
+        dtype: torch.dtype | None,
+        progress: Progress | None,
+    ) -> Tensor:
+        """What transformers makes of some sources of one parameter."""
+        for pattern, key in sources:
+            transform.add_tensor(target, key, pattern, partial(self._read, key, dtype, progress))
+        with torch.no_grad():
+            (made,) = transform.convert(
+                target, model=self._model, config=self._model.config
+            ).values()
+        tensor: Tensor = made[0] if isinstance(made, list) else made
+        return tensor
 
     def _tied_targets(self, wanted: Wanted) -> list[tuple[str, str]]:
         """Wanted parameters that are stored under another's name: (parameter, that other one).
@@ -128,7 +245,7 @@ class WeightPlan:
     ) -> dict[str, Tensor]:
         """Read what `target` is made of, and make it (and its siblings, where one key splits)."""
         transform, sources = self._steps[target]
-        dtype = self._dtype(like or target)
+        dtype = self.dtype_of(like or target)
         if transform is None:
             return {target: self._read(sources[0][1], dtype, progress)}
         for pattern, key in sources:
@@ -137,23 +254,17 @@ class WeightPlan:
             made = transform.convert(target, model=self._model, config=self._model.config)
         return {name: it[0] if isinstance(it, list) else it for name, it in made.items()}
 
-    def _read(self, key: str, dtype: torch.dtype, progress: Progress | None) -> Tensor:
-        if self._mapped:
-            tensor = self._checkpoint.map(key)
-        else:
-            tensor = self._checkpoint.read(key, progress)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    def _read(self, key: str, dtype: torch.dtype | None, progress: Progress | None) -> Tensor:
+        if not self._mapped:
+            return self._stored.read(key, dtype, progress)
+        tensor = self._stored.map(key)
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
-    def _dtype(self, name: str) -> torch.dtype:
-        """The parameter's dtype; a few models keep some parameters in float32 whatever is asked."""
-        meant = self._shapes[name].dtype
-        patterns = set(getattr(self._model, "_keep_in_fp32_modules_strict", None) or ())
-        if meant == torch.float16:
-            patterns |= set(getattr(self._model, "_keep_in_fp32_modules", None) or ())
-        parts = name.split(".")
-        return torch.float32 if any(it in parts for it in patterns) else meant
-
-    def _is_meta(self, name: str) -> bool:
+    def _lacks(self, name: str) -> bool:
+        """Whether a parameter has no value yet."""
+        packed = self._packed_owner(name)
+        if packed is not None:
+            return packed[0].lacks(packed[1])
         module, leaf = _owner(self._model, name)
         value: Tensor | None = module._parameters.get(leaf)
         if value is None:
@@ -163,11 +274,14 @@ class WeightPlan:
     def _assign(self, name: str, value: Tensor, device: torch.device) -> int:
         expected = tuple(self._shapes[name].shape)
         if tuple(value.shape) != expected:
-            raise ModelError(
-                f"{self._checkpoint.name}: tensor for {name} has shape {list(value.shape)}, "
-                f"{self._name} with this config.json wants {list(expected)}"
-            )
+            raise self._misshapen(name, tuple(value.shape))
+        packed = self._packed_owner(name)
         module, leaf = _owner(self._model, name)
+        if packed is not None:
+            step = packed[0].part_length(leaf)
+            for start in range(0, len(value), step):
+                packed[0].take(leaf, start, value[start : start + step])
+            return 0
         value = value.to(device).contiguous()
         value._is_hf_initialized = True  # type: ignore[attr-defined]
         if leaf in module._parameters:
@@ -177,6 +291,12 @@ class WeightPlan:
         else:
             module._buffers[leaf] = value
         return value.numel() * value.dtype.itemsize
+
+    def _misshapen(self, name: str, shape: tuple[int, ...]) -> ModelError:
+        return ModelError(
+            f"{self._checkpoint.name}: tensor for {name} has shape {list(shape)}, "
+            f"{self._name} with this config.json wants {list(self._shapes[name].shape)}"
+        )
 
 
 def fill_buffers(model: Any, device: torch.device) -> None:
@@ -197,6 +317,33 @@ def fill_buffers(model: Any, device: torch.device) -> None:
             model._init_weights(module)
 
 
+def _one_by_one(
+    transform: Any, sources: list[tuple[str, str]], shape: tuple[int, ...]
+) -> list[list[tuple[str, str]]] | None:
+    """The sources of each expert of a stacked parameter, where each can be made by itself.
+
+    So it is where every expert has one tensor of each pattern, they are stacked first, and what
+    follows leaves the first axis alone.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+    first, *others = transform.operations
+    if not isinstance(first, MergeModulelist) or first.dim != 0:
+        return None
+    for it in others:
+        is_within = (isinstance(it, Concatenate) and it.dim > 0) or (
+            isinstance(it, Transpose) and it.dim0 > 0 and it.dim1 > 0
+        )
+        if not is_within:
+            return None
+    by_pattern: dict[str, list[tuple[str, str]]] = {}
+    for pattern, key in sources:
+        by_pattern.setdefault(pattern, []).append((pattern, key))
+    if any(len(it) != shape[0] for it in by_pattern.values()):
+        return None
+    return [list(it) for it in zip(*by_pattern.values(), strict=True)]
+
+
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
@@ -208,7 +355,7 @@ def _natural(key: str) -> list[tuple[int, int | str]]:
 
 
 def _prefix_remover(
-    model: nn.Module, architecture: Architecture, checkpoint: Checkpoint
+    model: nn.Module, architecture: Architecture, checkpoint: Iterable[str]
 ) -> Callable[[str], str]:
     """How to strip what a multimodal checkpoint puts in front of its language model's keys.
 

@@ -129,6 +129,7 @@ async def _workers(
     spawn = SpawnConfig(
         count=config.spawn,
         model=config.model,
+        quantize=config.quantize,
         secret_file=config.secret_file,
         adapters=spawned_adapters(adapters),
     )

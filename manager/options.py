@@ -32,6 +32,7 @@ class ConnectionConfig:
     backend: str = PIPELINE  # what follows but `model` belongs to one of them
     workers: str | None = None  # None: the neighbours of 127.0.0.1:7710
     spawn: int | None = None  # start so many here instead
+    quantize: str = "none"  # of those that are started here
     model: str | None = None  # None: what the workers hold
     secret_file: Path | None = None
     trace: Path | None = None
@@ -72,6 +73,13 @@ MODEL: Final = click.option(
 )
 SPAWN: Final = click.option(
     "--spawn", type=int, metavar="N", help="Start N workers here, for this call only."
+)
+QUANTIZE: Final = click.option(
+    "--quantize",
+    type=click.Choice(["none", "int8", "int4"]),
+    default="none",
+    show_default=True,
+    help="With --spawn: round the weights to so many bits.",
 )
 TRACE: Final = click.option(
     "--trace",
@@ -114,10 +122,20 @@ API_KEY_FILE: Final = click.option(
 
 # The options that have a meaning with one backend only.
 OF_BACKEND: Final = {
-    PIPELINE: ("workers", "spawn", "secret_file", "trace"),
+    PIPELINE: ("workers", "spawn", "quantize", "secret_file", "trace"),
     LLAMA_SERVER: ("server", "api_key_file"),
 }
-OPTIONS: Final = (BACKEND, WORKERS, SPAWN, MODEL, SECRET_FILE, TRACE, SERVER, API_KEY_FILE)
+OPTIONS: Final = (
+    BACKEND,
+    WORKERS,
+    SPAWN,
+    QUANTIZE,
+    MODEL,
+    SECRET_FILE,
+    TRACE,
+    SERVER,
+    API_KEY_FILE,
+)
 
 
 def connection_options(command: Command) -> Command:
@@ -133,6 +151,7 @@ def connection_options(command: Command) -> Command:
         model = values.pop("model")
         if backend == PIPELINE:
             _settle_spawn_and_workers(own)
+            _check_quantize(own)
         else:
             own["server"] = _server_url(own["server"])
             if not is_typed("model"):
@@ -182,6 +201,19 @@ def _settle_spawn_and_workers(values: dict[str, Any]) -> None:
     values["workers" if is_typed("spawn") else "spawn"] = None
 
 
+def _check_quantize(values: dict[str, Any]) -> None:
+    """How weights are held is said to whoever starts the workers.
+
+    Raises:
+        UsageError: it was typed, and no worker is started here.
+    """
+    if values["spawn"] is None and values["quantize"] != "none" and is_typed("quantize"):
+        raise UsageError(
+            f"--quantize {values['quantize']} is for workers that are started here: pass --spawn N "
+            "as well, or start the workers with --quantize."
+        )
+
+
 def _server_url(text: str | None) -> str:
     from manager.llama_server.server_url import EXAMPLE, parse_server
 
@@ -215,6 +247,7 @@ SAMPLING_NAMES: Final = (
     "repetition_penalty",
     "seed",
     "stop",
+    "ignore_eos",
     "max_new_tokens",
 )
 SAMPLING: Final = (
@@ -260,6 +293,11 @@ SAMPLING: Final = (
     ),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
+    ),
+    click.option(
+        "--ignore-eos",
+        is_flag=True,
+        help="Go on where the model would end: exactly --max-new-tokens, to measure with.",
     ),
 )
 

@@ -43,6 +43,7 @@ class ModelPlan:
 
     model: str
     dtype: str
+    quantize: str
     num_layers: int
     max_context: int
     context: int  # tokens that the KV figures are for, over all sequences at once
@@ -56,22 +57,41 @@ class ModelPlan:
 @click.option("--sections", type=int, required=True, metavar="N", help="Over how many workers.")
 @click.option("--dtype", default="auto", show_default=True, help="As the workers will be told.")
 @click.option(
+    "--quantize",
+    type=click.Choice(["none", "int8", "int4"]),
+    default="none",
+    show_default=True,
+    help="As the workers will be told.",
+)
+@click.option(
     "--context",
     type=int,
     metavar="TOKENS",
     help=f"Reckon KV for so many tokens. Default: the model's context, at most {DEFAULT_CONTEXT}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def plan(model: str | None, sections: int, dtype: str, context: int | None, as_json: bool) -> None:
+def plan(
+    model: str | None,
+    sections: int,
+    dtype: str,
+    quantize: str,
+    context: int | None,
+    as_json: bool,
+) -> None:
     """Show how a model would be cut into sections, and how to start the workers."""
     if context is not None and context < 1:
         raise UsageError(f"--context {context}: reckon with at least 1 token.")
-    made = make_plan(model, sections, dtype=dtype, context=context)
+    made = make_plan(model, sections, dtype=dtype, quantize=quantize, context=context)
     click.echo(json.dumps(asdict(made), ensure_ascii=False) if as_json else describe(made))
 
 
 def make_plan(
-    model: str | None, num_sections: int, *, dtype: str = "auto", context: int | None = None
+    model: str | None,
+    num_sections: int,
+    *,
+    dtype: str = "auto",
+    quantize: str = "none",
+    context: int | None = None,
 ) -> ModelPlan:
     """Cut the model as `num_sections` workers will.
 
@@ -79,10 +99,13 @@ def make_plan(
         ModelError: there is no checkpoint, or it cannot be run.
         SplitError: it has fewer layers.
     """
+    import torch
+
     from engine import attention
     from engine.architecture import DTYPES, read_architecture
     from engine.checkpoint import Checkpoint
     from engine.plan import layer_sizes
+    from engine.quantize import choose_packing, held_sizes
     from engine.sections import split_layers
     from engine.stage import choose_dtype
 
@@ -90,7 +113,13 @@ def make_plan(
     architecture = read_architecture(checkpoint)
     chosen = choose_dtype(dtype, architecture)
     attention.register()
-    sizes = layer_sizes(architecture.build(chosen, attention.ATTENTION_NAME), architecture)
+    built = architecture.build(chosen, attention.ATTENTION_NAME)
+    sizes = layer_sizes(built, architecture)
+    layer_bytes, after_bytes = list(sizes.layer_bytes), sizes.head_bytes
+    packing = choose_packing(quantize, "auto", chosen, torch.device("cpu"))
+    if packing is not None and packing.is_lossy:
+        layer_bytes, after_bytes = held_sizes(built, architecture, packing, sizes)
+    # Sections are cut by what is stored: workers need not agree on how they hold it.
     costs, head_cost = sizes.costs
     all_work = sum(sizes.layer_work) + sizes.head_bytes
     max_context = architecture.max_context
@@ -98,9 +127,9 @@ def make_plan(
     kv_bytes = kv_values_per_token(architecture.config) * chosen.itemsize * tokens
     sections = []
     for index, section in enumerate(split_layers(costs, num_sections, head_cost)):
-        head_bytes = sizes.head_bytes if section.end == architecture.num_layers else 0
-        weights = sum(sizes.layer_bytes[section.start : section.end]) + head_bytes
-        work = sum(sizes.layer_work[section.start : section.end]) + head_bytes
+        is_last = section.end == architecture.num_layers
+        weights = sum(layer_bytes[section.start : section.end]) + is_last * after_bytes
+        work = sum(sizes.layer_work[section.start : section.end]) + is_last * sizes.head_bytes
         kv = kv_bytes * section.num_layers
         sections.append(
             PlannedSection(
@@ -111,17 +140,18 @@ def make_plan(
                 work_share=work / all_work,
                 kv_bytes=kv,
                 memory_bytes=weights + kv + PROCESS_BYTES,
-                command=command(model, num_sections, index, dtype),
+                command=command(model, num_sections, index, dtype, quantize),
             )
         )
     return ModelPlan(
         model=checkpoint.name,
         dtype=next(name for name, it in DTYPES.items() if it == chosen),
+        quantize=quantize,
         num_layers=architecture.num_layers,
         max_context=max_context,
         context=tokens,
         embedding_bytes=sizes.embedding_bytes,
-        weights_bytes=sum(sizes.layer_bytes) + sizes.head_bytes,
+        weights_bytes=sum(layer_bytes) + after_bytes,
         sections=tuple(sections),
     )
 
@@ -146,13 +176,15 @@ def kv_values_per_token(config: Any) -> int:
     return int(heads * (key_size + value_size))
 
 
-def command(model: str | None, num_sections: int, index: int, dtype: str) -> str:
+def command(model: str | None, num_sections: int, index: int, dtype: str, quantize: str) -> str:
     """How to start the worker of one section on its own machine."""
     words = ["worker", "--sections", str(num_sections), "--index", str(index)]
     if model is not None:
         words += ["--model", model]
     if dtype != "auto":
         words += ["--dtype", dtype]
+    if quantize != "none":
+        words += ["--quantize", quantize]
     return shlex.join(words)
 
 
@@ -169,11 +201,12 @@ def describe(plan: ModelPlan) -> str:
         )
         for it in plan.sections
     ]
+    held_as = plan.dtype if plan.quantize == "none" else plan.quantize
     titles = ("SECTION", "LAYERS", "WEIGHTS", "WORK", "KV", "MEMORY")
     return "\n".join(
         (
             f"{plan.model}: {plan.num_layers} layers, {size(plan.weights_bytes)} of weights "
-            f"in {plan.dtype}, context {plan.max_context}",
+            f"in {held_as}, context {plan.max_context}",
             "",
             table(titles, rows),
             "",

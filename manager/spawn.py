@@ -21,6 +21,8 @@ from proto.cores import cores_each
 from proto.errors import Error, UsageError
 
 MAX_SPAWNED: Final = 64
+# Settings of workers that say where things are on this machine, whoever starts them.
+OF_THE_MACHINE: Final = {"COMBOIO_CACHE_DIR", "COMBOIO_CACHE_SIZE", "COMBOIO_NO_CACHE"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,7 @@ class SpawnConfig:
     count: int
     model: str | None = None
     dtype: str = "auto"
+    quantize: str = "none"
     kv_memory: str | None = None
     secret_file: Path | None = None
     adapters: tuple[tuple[str, str], ...] = ()  # (name, folder)
@@ -145,6 +148,8 @@ def words_of(config: SpawnConfig, index: int) -> list[str]:
         words += ["--model", config.model]
     if config.kv_memory is not None:
         words += ["--kv-memory", config.kv_memory]
+    if config.quantize != "none":
+        words += ["--quantize", config.quantize]
     for name, folder in config.adapters:
         words += ["--adapter", f"{name}={folder}"]
     if config.secret_file is not None:
@@ -154,5 +159,9 @@ def words_of(config: SpawnConfig, index: int) -> list[str]:
 
 def environment(environ: Mapping[str, str], settings_file: str) -> dict[str, str]:
     """The manager's own environment, without what sets up workers that people start."""
-    kept = {key: value for key, value in environ.items() if not key.startswith("COMBOIO_")}
+    kept = {
+        key: value
+        for key, value in environ.items()
+        if not key.startswith("COMBOIO_") or key in OF_THE_MACHINE
+    }
     return with_this_installation(kept) | {"COMBOIO_CONFIG": settings_file}

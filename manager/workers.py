@@ -65,7 +65,7 @@ class WorkerView:
             section,
             f"{facts.start_layer}:{facts.end_layer} of {facts.num_layers}",
             facts.model,
-            facts.dtype,
+            facts.dtype if facts.quantize == "none" else f"{facts.dtype} {facts.quantize}",
             size(facts.stage_bytes),
             str(status.free_blocks),
             str(status.total_blocks),

@@ -142,6 +142,7 @@ class WorkerFacts(Struct, frozen=True, kw_only=True):
     total_blocks: Count
     free_blocks: Count
     max_step_tokens: Count
+    quantize: Name = "none"  # to what weights are rounded: "none", "int8", "int4"
 
 
 # --- leases and the chain --------------------------------------------------------------------

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Final, NoReturn
 
 import click
@@ -31,14 +32,19 @@ from proto.settings import (
 )
 from worker import logs
 from worker.config import (
+    CACHE_BYTES,
     DEFAULT_HOST,
     DEFAULT_PORT,
     DTYPES,
+    HEADS,
     LOG_FORMATS,
     LOG_LEVELS,
     QUANTIZATIONS,
     WorkerConfig,
+    default_cache_dir,
     parse_adapters,
+    parse_cache_dir,
+    parse_cache_size,
     parse_kv_memory,
     parse_layers,
     parse_listen,
@@ -149,7 +155,33 @@ def _version() -> str:
 )
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:K]")
 @click.option("--dtype", default="auto", show_default=True, metavar="|".join(DTYPES))
-@click.option("--quantize", default="none", show_default=True, metavar="|".join(QUANTIZATIONS))
+@click.option(
+    "--quantize",
+    default="none",
+    show_default=True,
+    metavar="|".join(QUANTIZATIONS),
+    help="Round the weights of linear layers to so many bits, each as it is read.",
+)
+@click.option(
+    "--quantize-head",
+    default="auto",
+    show_default=True,
+    metavar="|".join(HEADS),
+    help="The same for the lm_head: auto keeps it at int8.",
+)
+@click.option(
+    "--cache-dir",
+    metavar="DIR",
+    help="Keep quantized weights here, so that the next start reads only them. "
+    "Default: comboio/packed in the user's cache folder.",
+)
+@click.option(
+    "--cache-size",
+    metavar="SIZE",
+    help=f"Keep at most so much there; what was not used for longest goes first. "
+    f"Default: {CACHE_BYTES // 2**30}GiB, and never more than half of what is free on the disk.",
+)
+@click.option("--no-cache", is_flag=True, help="Keep no quantized weights, and read none kept.")
 @click.option(
     "--threads",
     type=int,
@@ -202,6 +234,10 @@ def worker(
     device: str,
     dtype: str,
     quantize: str,
+    quantize_head: str,
+    cache_dir: str | None,
+    cache_size: str | None,
+    no_cache: bool,
     threads: int | None,
     adapter: tuple[str, ...],
     stage_to: str | None,
@@ -242,6 +278,9 @@ def worker(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        quantize_head=quantize_head,
+        cache_dir=_cache_dir(context, cache_dir, no_cache=no_cache),
+        cache_bytes=CACHE_BYTES if cache_size is None else parse_cache_size(cache_size),
         threads=threads,
         adapters=parse_adapters(adapter),
         stage_to=None if stage_to is None else parse_stage_to(stage_to),
@@ -252,6 +291,14 @@ def worker(
     return Invocation(
         config=with_threads(config, os.environ), log_level=log_level, log_format=log_format
     )
+
+
+def _cache_dir(context: click.Context, said: str | None, *, no_cache: bool) -> Path | None:
+    if no_cache:
+        if _is_typed(context, "cache_dir"):
+            raise UsageError("--cache-dir and --no-cache say opposite things: pass one of them.")
+        return None
+    return default_cache_dir(os.environ) if said is None else parse_cache_dir(said)
 
 
 def with_threads(config: WorkerConfig, environ: Mapping[str, str]) -> WorkerConfig:

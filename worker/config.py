@@ -8,7 +8,7 @@ secret) and how their values are written. Knows no click, reads no file and no e
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,8 @@ DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 7710  # of index 0; index I listens on 7710 + I
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("none", "int8", "int4")
+HEADS: Final = ("auto", "int8", "same")
+CACHE_BYTES: Final = 20 * 2**30
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
 
@@ -39,6 +41,9 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"
+    quantize_head: str = "auto"
+    cache_dir: Path | None = None  # for packed weights; None: keep none
+    cache_bytes: int = CACHE_BYTES
     threads: int | None = None  # None: torch's own choice
     adapters: tuple[tuple[str, str], ...] = ()  # (name, folder)
     stage_to: Path | None = None  # folder that the section's bytes are copied to first
@@ -55,11 +60,16 @@ class WorkerConfig:
         if self.quantize not in QUANTIZATIONS:
             choices = ", ".join(QUANTIZATIONS)
             raise UsageError(f"--quantize {self.quantize}: it must be one of {choices}.")
-        if self.quantize != "none":
+        if self.quantize_head not in HEADS:
+            choices = ", ".join(HEADS)
+            raise UsageError(f"--quantize-head {self.quantize_head}: it must be one of {choices}.")
+        if self.quantize_head != "auto" and self.quantize == "none":
             raise UsageError(
-                f"--quantize {self.quantize} is not there yet: weights are held as the "
-                "checkpoint has them. Leave it out, or pass --quantize none."
+                f"--quantize-head {self.quantize_head} means nothing where no weights are "
+                "quantized: pass --quantize int8 or int4 as well."
             )
+        if self.cache_bytes < 1:
+            raise UsageError("--cache-size 0 keeps nothing: pass --no-cache instead.")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least 1 thread must compute.")
         if self.kv_memory_bytes is not None and self.kv_memory_bytes < 1:
@@ -157,6 +167,29 @@ def parse_stage_to(text: str) -> Path:
     if not text.strip():
         raise UsageError("--stage-to '' names no folder: give one on a disk of this machine.")
     return Path(text).expanduser()
+
+
+def parse_cache_dir(text: str) -> Path:
+    """Read the DIR of --cache-dir."""
+    if not text.strip():
+        raise UsageError("--cache-dir '' names no folder: name one, or pass --no-cache.")
+    return Path(text).expanduser()
+
+
+def default_cache_dir(environ: Mapping[str, str]) -> Path:
+    """Where packed weights are kept when nobody said: with the user's other caches."""
+    said = environ.get("XDG_CACHE_HOME", "")
+    # The specification has a relative path ignored.
+    caches = Path(said) if said.startswith("/") else Path("~/.cache").expanduser()
+    return caches / "comboio" / "packed"
+
+
+def parse_cache_size(text: str) -> int:
+    """Read the SIZE of --cache-size."""
+    try:
+        return parse_byte_size(text)
+    except ValueError as exc:
+        raise UsageError(f"--cache-size {exc}.") from exc
 
 
 def parse_kv_memory(text: str) -> int:

@@ -147,6 +147,7 @@ class Server:
     async def _serve(self, stage: Stage) -> None:
         from worker.service import Service  # pulls in torch, which is here by now
 
+        say_how_weights_are_held(stage)
         loaded = await self._compute.call(partial(load_adapters, self._config.adapters, stage))
         total_blocks = await self._compute.call(
             partial(
@@ -229,8 +230,12 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
 
     # Made before torch is imported: a folder that cannot be had is refused at once.
     staging = None if config.stage_to is None else Staging(config.stage_to, loading)
+    from engine.packed_cache import PackedCache
     from engine.stage import load_stage
 
+    cache = None
+    if config.cache_dir is not None:
+        cache = PackedCache(config.cache_dir, config.cache_bytes)
     check_adapter_files(config.adapters)  # before gigabytes are read for nothing
 
     try:
@@ -244,6 +249,9 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
             threads=config.threads,
             progress=loading.update,
             staging=staging,
+            quantize=config.quantize,
+            quantize_head=config.quantize_head,
+            cache=cache,
         )
     except Error:
         raise
@@ -291,7 +299,35 @@ def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: in
         total_blocks=total_blocks,
         free_blocks=total_blocks,
         max_step_tokens=max(1, min(MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES * 3 // 4 // row_bytes)),
+        quantize=stage.quantize,
     )
+
+
+def say_how_weights_are_held(stage: Stage) -> None:
+    """Log what is quantized, and what of the matrices is not."""
+    packed = stage.packed
+    if packed.packing is None or not packed.packing.is_lossy:
+        return
+    log.info(
+        "quantized",
+        extra=fields(
+            layers=packed.packing.layers,
+            head=packed.packing.head,
+            mb=f"{packed.packed_bytes / 1e6:.1f}",
+            kept_mb=f"{packed.fetched_bytes / 1e6:.1f}",
+        ),
+    )
+    if packed.left_bytes:
+        log.info(
+            "matrices not quantized",
+            extra=fields(mb=f"{packed.left_bytes / 1e6:.1f}", one=packed.left_example),
+        )
+    slow = packed.read_as_weights()
+    if slow:
+        log.warning(
+            "the model reads packed weights in a way of its own, which is slow",
+            extra=fields(modules=len(slow), one=slow[0]),
+        )
 
 
 def why_adapters_are_closed(config: WorkerConfig) -> str | None:

@@ -242,7 +242,7 @@ def test_a_config_that_cannot_be_used(llama: Path, changes: dict[str, Any]) -> N
     assert llama.name in said or "LlamaForCausalLM" in said
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "bitsandbytes"])
 def test_a_quantized_checkpoint(llama: Path, method: str) -> None:
     change_json(llama / "config.json", quantization_config={"quant_method": method, "bits": 4})
     assert_match(rf"{llama.name} is stored quantized \({method}\)", refusal(llama))

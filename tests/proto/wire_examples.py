@@ -86,6 +86,7 @@ FACTS = WorkerFacts(
     total_blocks=512,
     free_blocks=500,
     max_step_tokens=4096,
+    quantize="int4",
 )
 HELLO = Hello(version=PROTOCOL_VERSION, role=Role.MANAGER, agent="comboio/0.1.0")
 WELCOME = Welcome(version=PROTOCOL_VERSION, agent="comboio/0.1.0", worker=FACTS)

@@ -130,12 +130,26 @@ def test_help_and_version_and_a_bad_option_import_no_torch() -> None:
         (["--threads", "0"], "--threads 0: at least 1 thread must compute."),
         (["--dtype", "int3"], "--dtype int3: it must be one of auto, float32, bfloat16, float16."),
         (["--device", "tpu"], "--device tpu: it must be auto, cpu, cuda or cuda:K."),
-        (
-            ["--quantize", "int8"],
-            "--quantize int8 is not there yet: weights are held as the checkpoint has them. "
-            "Leave it out, or pass --quantize none.",
-        ),
         (["--quantize", "int7"], "--quantize int7: it must be one of none, int8, int4."),
+        (
+            ["--quantize", "int4", "--quantize-head", "int4"],
+            "--quantize-head int4: it must be one of auto, int8, same.",
+        ),
+        (
+            ["--quantize-head", "same"],
+            "--quantize-head same means nothing where no weights are quantized: pass --quantize "
+            "int8 or int4 as well.",
+        ),
+        (
+            ["--cache-size", "lots"],
+            "--cache-size 'lots' is not a size; write for example 512MB, 1.5GiB, or bytes.",
+        ),
+        (["--cache-size", "0"], "--cache-size 0 keeps nothing: pass --no-cache instead."),
+        (["--cache-dir", " "], "--cache-dir '' names no folder: name one, or pass --no-cache."),
+        (
+            ["--cache-dir", "here", "--no-cache"],
+            "--cache-dir and --no-cache say opposite things: pass one of them.",
+        ),
         (["--threads", "many"], "Invalid value for '--threads': 'many' is not a valid integer."),
     ],
 )

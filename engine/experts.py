@@ -1,0 +1,162 @@
+"""Mixtures of experts with packed weights.
+
+transformers stacks the experts of a layer in parameters with three axes, and says in a few
+attributes what is done with them (`transformers.integrations.moe`): whether there is a gate, a
+bias, a norm, and which way the matrices lie. That is all that is known here, no architecture.
+Each expert is packed by itself while it is read, and a step reads those experts alone to which
+its tokens are routed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.packed import STRIP_ROWS, PackedMatrix
+from engine.packed_linear import Packed
+
+_DOWN: Final = "down_proj"
+# What transformers' own functions for experts ask of such a module.
+_ASKED: Final = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+
+
+class PackedExperts(Packed):
+    """All experts of one layer, in the place of the model's own module.
+
+    The experts of one parameter lie one behind the other in a single matrix, each beginning at a
+    strip of rows.
+    """
+
+    def __init__(
+        self, told: nn.Module, matrix_format: str, device: torch.device | str = "cpu"
+    ) -> None:
+        """
+        Args:
+            told: the model's module, on the meta device; keeps its small parts (activation, norm,
+                biases), and loses the weights.
+        """
+        super().__init__()
+        self.format = matrix_format
+        self._told = [told]  # in a list, since a module's attribute would be a child
+        self._first = "gate_up_proj" if told.has_gate else "up_proj"
+        self.packed_leaves = (self._first, _DOWN)
+        self._stacks: dict[str, PackedMatrix] = {}
+        self._experts: dict[str, list[PackedMatrix]] = {}
+        self._came: dict[str, int] = {}
+        for leaf in self.packed_leaves:
+            weight: Any = getattr(told, leaf)
+            count, rows, cols = weight.shape
+            if told.is_transposed:
+                rows, cols = cols, rows
+            self._allocate(leaf, count, rows, cols, device)
+            del told._parameters[leaf]
+        self.num_experts = len(self._experts[_DOWN])
+        self._move_small_parts(told)
+        self.train(told.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            told = self.__dict__.get("_told")
+            if told and not name.startswith("__"):
+                return getattr(told[0], name)
+            raise
+
+    def forward(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Run each token through its experts.
+
+        Args:
+            hidden: (tokens, hidden_size).
+            experts: (tokens, k) int64, the experts of each token.
+            weights: (tokens, k), how much each counts.
+        Returns:
+            (tokens, hidden_size).
+        """
+        told = self._told[0]
+        tokens, k = experts.shape
+        order = torch.argsort(experts.reshape(-1), stable=True)
+        counts = torch.bincount(experts.reshape(-1), minlength=self.num_experts).tolist()
+        given = hidden[order // k]
+        parts, row = [], 0
+        for expert, count in enumerate(counts[: self.num_experts]):
+            if count:
+                parts.append(self._run(told, expert, given[row : row + count]))
+                row += count
+        sorted_out = torch.cat(parts) if len(parts) > 1 else parts[0]
+        out = torch.empty_like(sorted_out)
+        out[order] = sorted_out
+        weighted = out.view(tokens, k, -1) * weights.unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden.dtype)
+
+    def part_length(self, leaf: str) -> int:
+        """One expert."""
+        return 1
+
+    def take(self, leaf: str, start: int, part: Tensor) -> None:
+        """Pack some experts."""
+        for number, weight in enumerate(part):
+            rows = weight.t() if self._told[0].is_transposed else weight
+            self._experts[leaf][start + number].fill(rows)
+        self._came[leaf] += len(part)
+
+    def lacks(self, leaf: str) -> bool:
+        """Whether experts are missing."""
+        return self._came[leaf] < self.num_experts
+
+    def matrices(self) -> list[PackedMatrix]:
+        """One for each stacked parameter."""
+        return [self._stacks[leaf] for leaf in self.packed_leaves]
+
+    def all_came(self) -> None:
+        """Note that the matrices are filled."""
+        self._came = dict.fromkeys(self.packed_leaves, self.num_experts)
+
+    def expert(self, leaf: str, number: int) -> PackedMatrix:
+        """(out, in) of one expert."""
+        return self._experts[leaf][number]
+
+    def extra_repr(self) -> str:
+        """What printing a model shows."""
+        return f"num_experts={self.num_experts}, format={self.format}"
+
+    def _allocate(
+        self, leaf: str, count: int, rows: int, cols: int, device: torch.device | str
+    ) -> None:
+        each = -(-rows // STRIP_ROWS) * STRIP_ROWS
+        stack = PackedMatrix.allocate(self.format, (count - 1) * each + rows, cols, device)
+        self._stacks[leaf] = stack
+        self._experts[leaf] = [stack.part(it * each, it * each + rows) for it in range(count)]
+        self._came[leaf] = 0
+
+    def _move_small_parts(self, told: nn.Module) -> None:
+        """Own the biases and norms, so that they are found, and loaded, by their names."""
+        self._parameters, self._buffers = told._parameters, told._buffers
+        self._modules = told._modules
+
+    def _run(self, told: Any, expert: int, given: Tensor) -> Tensor:
+        """Some tokens through one expert."""
+        mixed = self._multiply(self._first, expert, given)
+        mixed = told._apply_gate(mixed) if told.has_gate else told.act_fn(mixed)
+        out = self._multiply(_DOWN, expert, mixed)
+        if told.has_post_expert_norm:
+            out = told.post_expert_norm(out)
+        return out
+
+    def _multiply(self, leaf: str, expert: int, given: Tensor) -> Tensor:
+        bias = getattr(self._told[0], f"{leaf}_bias")[expert] if self._told[0].has_bias else None
+        return self._experts[leaf][expert].matmul(given, bias=bias)
+
+
+def can_pack(module: nn.Module) -> bool:
+    """Whether a module is one of stacked experts that transformers' own functions could run."""
+    if not all(hasattr(module, it) for it in _ASKED):
+        return False
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    stacked: list[Any] = [module._parameters.get(leaf) for leaf in (first, _DOWN)]
+    if any(it is None or it.ndim != 3 for it in stacked):
+        return False
+    other = [it for leaf, it in module.named_parameters(recurse=False) if it.ndim > 2]
+    return len(other) == 2 and stacked[0].shape[0] == stacked[1].shape[0]
