@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-BENCH  ?= $(sort $(basename $(notdir $(wildcard bench/*.py))))
+BENCH  ?= all
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -20,6 +20,7 @@ help:  ## list the targets
 RUN_STAMP  := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 FINETUNE_STAMP := $(VENV)/.installed-finetune
+BENCH_STAMP := $(VENV)/.installed-bench
 
 venv: $(RUN_STAMP)  ## make .venv and install Comboio into it
 
@@ -43,6 +44,10 @@ $(FINETUNE_STAMP): $(RUN_STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[finetune]'
 	@touch $@
 
+$(BENCH_STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	@touch $@
+
 demo: $(RUN_STAMP)  ## two workers on this machine write text with the demo model
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
@@ -61,10 +66,8 @@ fmt: $(TEST_STAMP)  ## put the code into the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(RUN_STAMP)  ## measure this machine (BENCH=hop for one of bench/*.py)
-	@failed=0; for name in $(BENCH); do \
-	  echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py $(BENCH_ARGS) || failed=1; \
-	done; exit $$failed
+bench: $(BENCH_STAMP)  ## measure this machine (BENCH_ARGS=--quick; BENCH=hop for one of bench/*.py)
+	@$(BIN)/python bench/$(BENCH).py $(BENCH_ARGS)
 
 clean:  ## remove the environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,6 +29,7 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
         "Show, add and drop the adapters that workers hold.",
     ),
     "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
+    "bench": ("manager.bench", "bench", "Measure how fast the pipeline is, against others too."),
     "finetune": (
         "manager.finetune.command",
         "finetune",
