@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.jobs.axonn_library import intra_layer
@@ -28,12 +26,6 @@ class AxonnRanks(ProcessGroup):
         """By AxoNN's own, which would also know parameters that are sharded."""
         norm: Tensor = intra_layer().clip_grad_norm_(parameters, max_norm)
         return norm
-
-    def share_weights(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give everybody the first process's."""
-        with torch.no_grad():
-            for parameter in parameters:
-                dist.broadcast(parameter.data, src=0)
 
 
 @dataclass(frozen=True, slots=True)

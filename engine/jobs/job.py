@@ -232,6 +232,17 @@ def conclude_saved(
     return result_of(folder, figures)
 
 
+def finish_again(
+    folder: RunFolder, settings: JobSettings, materials: Materials, watcher: Watcher
+) -> Result:
+    """A run that is over: nothing is left to train, but a merge may be wanted now."""
+    run = folder.read() or {}
+    watcher.say(f"the run in {folder.path} is over already: nothing is left to train")
+    if settings.output.merge and not folder.merged.is_dir():
+        return conclude_saved(folder, settings, materials.checkpoint, watcher)
+    return result_of(folder, run.get("figures", {}))
+
+
 def result_of(folder: RunFolder, figures: Mapping[str, Any]) -> Result:
     """Of a run that is over."""
     return Result(

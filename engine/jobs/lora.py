@@ -1,70 +1,83 @@
-"""Fine-tune by LoRA in one process: on the CPU, or on one GPU.
+"""Fine-tune by LoRA: in one process, or in several that each hold the whole model.
 
-Reads like what happens. Everything that SFT and AxoNN share with it stands in `engine.jobs.job`;
-the loop in `engine.jobs.training_loop`.
+Several processes learn from rows of their own and add up their gradients once a step; a step is
+the same as one process's with as many rows. What happens before and after stands in
+`engine.jobs.team_job`; the loop in `engine.jobs.training_loop`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from engine.jobs.attention_check import check_packing
 from engine.jobs.base_model import Placement, choose_placement, load_base
-from engine.jobs.checkpoints import latest_checkpoint
-from engine.jobs.job import (
-    Materials,
-    Result,
-    Watcher,
-    begin,
-    conclude,
-    conclude_saved,
-    describe_run,
-    gather,
-    result_of,
-)
-from engine.jobs.lora_config import Targets, adapt, find_targets
-from engine.jobs.ranks import Alone
-from engine.jobs.run_folder import RunFolder, open_run_folder
-from engine.jobs.run_log import both, open_log
-from engine.jobs.saving import save_adapter
-from engine.jobs.settings import JobSettings
+from engine.jobs.job import Materials, Result, Watcher, describe_run
+from engine.jobs.lora_config import Targets, adapt, find_targets, trainable_parameters
+from engine.jobs.process_group import ProcessGroup, open_group
+from engine.jobs.run_folder import RunFolder
+from engine.jobs.settings import JobSettings, TrainingSettings
 from engine.jobs.stopping import StopRequest
-from engine.jobs.training_loop import Trainee, train
+from engine.jobs.team import Team, alone
+from engine.jobs.team_job import Learner, TeamJob, run_together
+from engine.jobs.team_placement import check_room, place, wait_for_all
 
 
 def run_lora(settings: JobSettings, watcher: Watcher, stop: StopRequest) -> Result:
-    """Train, save, merge, report.
+    """Train in this process, save, merge, report; see `run_together`."""
+    result = run_lora_together(settings, alone(), watcher, stop)
+    assert result is not None  # to the first process
+    return result
 
-    Raises:
-        UsageError, ModelError, DataError: what was asked for cannot be done; nothing was changed.
-        Stopped: a signal came; a checkpoint holds what is done.
-        Error: memory or disk ran out, or the training diverged; the last checkpoint is whole.
-    """
-    placement = choose_placement(settings.training)
-    materials = gather(settings, watcher, stop)
-    with open_run_folder(settings.output) as folder:
-        if begin(folder, settings, materials):
-            return finish_again(folder, settings, materials, watcher)
-        watcher.busy(f"loading {materials.checkpoint.name}")
-        base = load_base(materials.checkpoint, placement)
-        targets = find_targets(base, settings.lora.target_modules)
-        model = adapted(base, settings, placement, materials)
-        stop.leave_if_made("training began")
-        say_targets(targets, watcher)
-        folder.write(
-            describe_run(settings, materials, model=model, targets=targets, placement=placement)
-        )
-        held = [model]
-        del base, model
-        _train(held[0], folder, settings, placement, materials, watcher, stop)
-        return conclude(
-            folder,
-            settings,
-            materials,
-            watcher,
-            save_adapters=lambda path: save_adapter(held[0], materials.checkpoint, path),
-            release=held.clear,
-        )
+
+def run_lora_together(
+    settings: JobSettings, team: Team, watcher: Watcher, stop: StopRequest
+) -> Result | None:
+    """The same as one process of several; see `run_together`."""
+    return run_together(WholeModels(), settings, team, watcher, stop)
+
+
+class WholeModels:
+    """Each process has all of the model; see `engine.jobs.team_job.Method`."""
+
+    def place(self, training: TrainingSettings, team: Team, stop: StopRequest) -> Placement:
+        """A GPU each, or the CPU."""
+        return choose_placement(training) if team.num_ranks == 1 else place(training, team, stop)
+
+    def sentences(self, team: Team, placement: Placement) -> Sequence[str]:
+        """Nothing of one process."""
+        if team.num_ranks == 1:
+            return ()
+        return (f"{team.sentence}; each holds the whole model on {placement.device.type}",)
+
+    def check_folder(self, folder: RunFolder) -> None:
+        """However many began a run, as many rows a step are enough to go on."""
+
+    @contextmanager
+    def learner(self, job: TeamJob) -> Iterator[Learner]:
+        """The whole model, with the first process's fresh adapters."""
+        settings, team, materials = job.settings, job.team, job.materials
+        check_room(team, materials.checkpoint, job.placement, job.stop)
+        with open_group(team, job.placement.device):
+            job.watcher.busy(f"loading {materials.checkpoint.name}")
+            base = load_base(materials.checkpoint, job.placement)
+            targets = find_targets(base, settings.lora.target_modules)
+            model = adapted(base, settings, job.placement, materials)
+            job.stop.leave_if_made("training began")
+            say_targets(targets, job.watcher)
+            said = describe_run(
+                settings,
+                materials,
+                model=model,
+                targets=targets,
+                placement=job.placement,
+                processes=team.num_ranks,
+            )
+            wait_for_all(team, job.stop)
+            ranks = ProcessGroup(job.placement.device)
+            ranks.share_weights([it for _, it in trainable_parameters(model)])
+            yield Learner(model=model, ranks=ranks, said=said)
 
 
 def adapted(base: Any, settings: JobSettings, placement: Placement, materials: Materials) -> Any:
@@ -82,50 +95,8 @@ def adapted(base: Any, settings: JobSettings, placement: Placement, materials: M
     return model
 
 
-def _train(
-    model: Any,
-    folder: RunFolder,
-    settings: JobSettings,
-    placement: Placement,
-    materials: Materials,
-    watcher: Watcher,
-    stop: StopRequest,
-) -> None:
-    """All steps, from the last checkpoint on if there is one."""
-    latest = latest_checkpoint(folder.checkpoints)
-    resumed_step = int(latest.name.removeprefix("step-")) if latest is not None else None
-    with open_log(folder, settings, resumed_step) as log:
-        for sentence in materials.dataset.summary.sentences():
-            log.say(sentence)
-        train(
-            Trainee(
-                model=model,
-                placement=placement,
-                settings=settings.training,
-                train=materials.dataset.train,
-                validation=materials.dataset.validation,
-                checkpoints=folder.checkpoints,
-                listener=both(log, watcher.event),
-                stop=stop,
-                ranks=Alone(),
-            ),
-            resume_from=latest,
-        )
-
-
 def say_targets(targets: Targets, watcher: Watcher) -> None:
     """Which layers are adapted, and which are not."""
     watcher.say(f"adapting {targets.sentence}")
     if targets.untouched:
         watcher.say(f"not adapted, as they are no linear layers: {', '.join(targets.untouched)}")
-
-
-def finish_again(
-    folder: RunFolder, settings: JobSettings, materials: Materials, watcher: Watcher
-) -> Result:
-    """A run that is over: nothing is left to train, but a merge may be wanted now."""
-    run = folder.read() or {}
-    watcher.say(f"the run in {folder.path} is over already: nothing is left to train")
-    if settings.output.merge and not folder.merged.is_dir():
-        return conclude_saved(folder, settings, materials.checkpoint, watcher)
-    return result_of(folder, run.get("figures", {}))

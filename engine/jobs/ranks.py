@@ -1,7 +1,7 @@
 """Who trains together: one process alone, or several that add up their gradients.
 
-The loop asks these few questions; a way of launching answers them. Everybody of a run calls the
-same methods in the same order.
+The loop asks these few questions; `engine.jobs.process_group` answers them. Everybody of a run
+calls the same methods in the same order.
 """
 
 from __future__ import annotations
@@ -40,24 +40,3 @@ class Ranks(Protocol):
     def barrier(self) -> None:
         """Wait until everybody is here."""
         ...
-
-
-class Alone:
-    """One process."""
-
-    rank = 0
-    num_processes = 1
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """As they are."""
-        return list(values)
-
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """As they are."""
-
-    def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-        """torch's own."""
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""

@@ -28,9 +28,10 @@ from engine.jobs.job import (
     begin,
     conclude_saved,
     describe_run,
+    finish_again,
     gather,
 )
-from engine.jobs.lora import adapted, finish_again, say_targets
+from engine.jobs.lora import adapted, say_targets
 from engine.jobs.lora_config import find_targets, trainable_parameters
 from engine.jobs.process_group import ProcessGroup
 from engine.jobs.run_folder import RunFolder, open_run_folder

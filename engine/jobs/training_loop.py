@@ -13,6 +13,7 @@ somebody who listens.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -310,7 +311,7 @@ class TrainingLoop:
         raise Stopped(
             f"stopped after step {self._state.step} of {self._plan.total_steps}: "
             f"{self._what_is_kept()}",
-            self._stop.signal_number or 0,
+            self._stop.signal_number or signal.SIGTERM,  # another process heard it
         )
 
     def _what_is_kept(self) -> str:

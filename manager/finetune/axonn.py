@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING
 
 import click
 
 from engine.jobs.axonn_grid import Parallelism
 from engine.jobs.settings import JobSettings
-from manager.finetune.axonn_launch import detect
 from manager.finetune.axonn_options import parallelism_options
 from manager.finetune.extras import require
 from manager.finetune.options import job_options
-from proto.errors import Error
+from manager.finetune.ranks_command import RankCommand
+from manager.finetune.ranks_launch import detect
 
-LATER_S: Final = 2.0
-
-
-class RankCommand(click.Command):
-    """A command that is started many times at once: what is wrong with its words is said once."""
-
-    def make_context(self, *args: Any, **values: Any) -> click.Context:
-        """As click does; without a word in all ranks but the first."""
-        with _first_rank_speaks():
-            return super().make_context(*args, **values)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """The same; once the ranks have met, they agree on who speaks."""
-        with _first_rank_speaks():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _first_rank_speaks() -> Iterator[None]:
-    from manager.finetune.axonn_link import LostError
-
-    try:
-        yield
-    except LostError:
-        raise  # what this rank alone knows
-    except (click.ClickException, Error) as exc:
-        if detect(os.environ).rank == 0:
-            raise
-        # A launcher ends the others when one leaves with an error.
-        time.sleep(LATER_S)
-        os._exit(exc.exit_code)
+if TYPE_CHECKING:
+    from engine.jobs.job import Result, Watcher
+    from engine.jobs.stopping import StopRequest
+    from engine.jobs.team import Team
 
 
 @click.command(cls=RankCommand)
@@ -67,6 +37,13 @@ def axonn(settings: JobSettings, parallelism: Parallelism, as_json: bool) -> Non
     launch = detect(os.environ)
     for package in ("peft", "axonn"):
         require(package, "manager finetune axonn", "axonn")
-    from manager.finetune.axonn_running import run_rank
+    from manager.finetune.ranks_running import run_rank
 
-    run_rank(launch, settings, parallelism, as_json=as_json)
+    def work(
+        settings: JobSettings, team: Team, watcher: Watcher, stop: StopRequest
+    ) -> Result | None:
+        from engine.jobs.axonn import run_axonn
+
+        return run_axonn(settings, parallelism, team, watcher, stop)
+
+    run_rank(work, settings, launch, as_json=as_json)

@@ -24,8 +24,8 @@ from engine.jobs.axonn_ranks import AxonnRanks
 from engine.jobs.base_model import Placement, load_base
 from engine.jobs.lora_config import adapt, trainable_parameters
 from engine.jobs.settings import LoraSettings
-from manager.finetune.axonn_launch import detect
-from manager.finetune.axonn_meeting import meet
+from manager.finetune.ranks_launch import detect
+from manager.finetune.ranks_meeting import meet
 
 CPU = torch.device("cpu")
 MAX_NORM = 0.5

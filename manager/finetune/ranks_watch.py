@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from manager.finetune.axonn_link import GRACE_S, JOIN_S, Link, LostError, Member, find, greet
+from manager.finetune.ranks_link import GRACE_S, JOIN_S, Link, LostError, Member, find, greet
 from proto.errors import Error
 
 # For the first rank to say its last words, once the others know that it is over.
 LAST_WORDS_S: Final = 10.0
 EXIT_DIED: Final = 1
+CHECK_S: Final = 0.2  # while ranks are awaited
 
 
 class Watch:
@@ -73,12 +74,20 @@ class Watch:
 class Hub(Watch):
     """The first rank's end."""
 
-    def __init__(self, me: Member, num_ranks: int, listener: socket.socket | None, token: str):
+    def __init__(
+        self,
+        me: Member,
+        num_ranks: int,
+        listener: socket.socket | None,
+        token: str,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Wait for the others.
 
         Args:
             listener: bound; None where there are no others. Closed when all are here.
             token: what a rank of this run says first.
+            check: asked now and then while it waits; raises if some will not come.
         Raises:
             LostError: not all of them came.
         """
@@ -86,7 +95,7 @@ class Hub(Watch):
         self._links: dict[int, Link] = {}
         if listener is not None:
             with listener:
-                self._wait_for_all(listener, token)
+                self._wait_for_all(listener, token, check)
 
     def start(self, facts: dict[str, Any]) -> None:
         """Tell the others who is there, with some facts; watch them once they took these in.
@@ -124,15 +133,18 @@ class Hub(Watch):
         """All went well."""
         self.speak(0)
 
-    def _wait_for_all(self, listener: socket.socket, token: str) -> None:
+    def _wait_for_all(self, listener: socket.socket, token: str, check: Callable[[], None]) -> None:
         give_up_s = time.monotonic() + JOIN_S
         listener.listen(self.num_ranks)
+        listener.settimeout(CHECK_S)
         found: dict[int, Member] = {}
         while len(found) < self.num_ranks - 1:
-            listener.settimeout(max(give_up_s - time.monotonic(), 0.01))
+            check()
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
+                if time.monotonic() < give_up_s:
+                    continue
                 missing = sorted(set(range(1, self.num_ranks)) - set(found))
                 raise LostError(
                     f"{len(found) + 1} of {self.num_ranks} ranks came within {JOIN_S:.0f} s; "

@@ -1,7 +1,7 @@
-"""Run one rank of an AxoNN job: the first one speaks to people, the others to it.
+"""Run one rank of a job: the first one speaks to people, the others to it.
 
 The others' stderr goes to files of their own in the run's folder, once there is one: what torch
-and NCCL write there is what explains a death.
+and NCCL write there is what explains a death. Knows no method of training.
 """
 
 from __future__ import annotations
@@ -13,36 +13,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from engine.jobs.axonn_grid import Parallelism
 from engine.jobs.settings import JobSettings
 from manager.cli import Interrupted
-from manager.finetune.axonn_launch import Launch
-from manager.finetune.axonn_meeting import meet
-from manager.finetune.axonn_watch import Hub, Spoke, Watch
+from manager.finetune.ranks_launch import Launch
+from manager.finetune.ranks_meeting import meet
+from manager.finetune.ranks_place import Place, find_place
+from manager.finetune.ranks_watch import Hub, Spoke, Watch
 from manager.finetune.running import run_job
 from proto.errors import Error
 
 if TYPE_CHECKING:
-    from engine.jobs.axonn_team import Team
     from engine.jobs.events import Event
     from engine.jobs.job import Result, Watcher
     from engine.jobs.stopping import StopRequest
+    from engine.jobs.team import Team
+
+    # Loads what it needs when it is called; a result for the first rank, None for the others.
+    TeamWork = Callable[[JobSettings, Team, Watcher, StopRequest], Result | None]
 
 EXIT_FAULT: Final = 1
 LOOPBACK_INTERFACE: Final = "lo"
 
 
 def run_rank(
-    launch: Launch, settings: JobSettings, parallelism: Parallelism, *, as_json: bool
+    work: TeamWork,
+    settings: JobSettings,
+    launch: Launch,
+    place: Place | None = None,
+    *,
+    as_json: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Find the other ranks, and do this one's part.
 
+    Args:
+        place: where they meet; None: where the launcher has it.
+        check: as `meet`.
     Raises:
         Interrupted, Error: in the first rank, as `run_job`; the others end with its exit code.
     """
-    meeting = meet(launch)  # before the slow imports, so that a death in one of them is known
-    from engine.jobs.axonn import run_axonn
-    from engine.jobs.axonn_team import Team
+    # torch warns of each address without a name in DNS; nodes of a cluster often have none.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Before the slow imports, so that a death in one of them is known.
+    meeting = meet(launch, place or find_place(launch, os.environ), check)
+    from engine.jobs.team import Team
 
     watch = meeting.watch
     if len(set(watch.hosts)) == 1 and Path("/sys/class/net", LOOPBACK_INTERFACE).exists():
@@ -58,19 +72,16 @@ def run_rank(
         on_folder=lambda folder: _keep_logs(folder, watch),
     )
     if isinstance(watch, Spoke):
-        _follow(watch, lambda stop: run_axonn(settings, parallelism, team, Silent(), stop))
+        _follow(watch, lambda stop: work(settings, team, Silent(), stop))
     else:
-        _lead(watch, settings, parallelism, team, as_json=as_json)
+        _lead(watch, work, settings, team, as_json=as_json)
 
 
-def _lead(
-    watch: Hub, settings: JobSettings, parallelism: Parallelism, team: Team, *, as_json: bool
-) -> None:
+def _lead(watch: Hub, work: TeamWork, settings: JobSettings, team: Team, *, as_json: bool) -> None:
     """The first rank, as any other command; whatever ends it ends the others."""
-    from engine.jobs.axonn import run_axonn
 
     def job(settings: JobSettings, watcher: Watcher, stop: StopRequest) -> Result:
-        result = run_axonn(settings, parallelism, team, watcher, stop)
+        result = work(settings, team, watcher, stop)
         assert result is not None  # this is the first rank
         return result
 

@@ -1,4 +1,4 @@
-"""The processes that were started together, as an AxoNN job sees them.
+"""The processes that were started together, as a job sees them; or one alone.
 
 Whoever started them (`manager.finetune`) knows launchers, addresses and sockets; the job gets the
 numbers, and torch's store to tell the others a few words. Waiting for the first process has no
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from torch import distributed
 
 from engine.jobs.stopping import StopRequest
 
@@ -61,3 +63,16 @@ class Team:
             stop.leave_if_made(what)
             time.sleep(POLL_S)  # the store's own wait hears no signal, and complains of its end
         return json.loads(self.store.get(key))
+
+
+def alone() -> Team:
+    """A process that has no others."""
+    stores: Any = distributed  # whose names are not all declared
+    return Team(
+        rank=0,
+        num_ranks=1,
+        local_rank=0,
+        hosts=("this host",),
+        launcher="nothing",
+        store=stores.HashStore(),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manager.finetune.axonn_launch import MPIRUN, SRUN, TORCHRUN, detect
+from manager.finetune.ranks_launch import MPIRUN, SRUN, TORCHRUN, detect
 from proto.errors import UsageError
 
 OF_SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
