@@ -31,18 +31,41 @@ SFT_OPTIONS: Final = {"num_processes", "rdzv_backend", "interface", "mixed_preci
 NODES: Final = click.option(
     "--nodes", "-N", type=click.IntRange(min=1), default=1, show_default=True, metavar="N"
 )
+TASKS: Final = click.option(
+    "--tasks-per-node",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks a node. Default: its GPUs (--gpus-per-node), or one.",
+)
 
 
 @click.command()
 @job_options("lora")
+@NODES
+@TASKS
 @site_options
 @submission_options
 @click.pass_context
-def lora(ctx: click.Context, settings: JobSettings, site: Site, asked: Asked) -> None:
-    """Fine-tune a model by LoRA in a Slurm job: on one GPU, or with --no-cuda on a node's CPUs."""
-    is_cpu = settings.training.device == "cpu"
-    script = "lora-cpu.sbatch" if is_cpu else "lora.sbatch"
-    submit_finetuning(ctx, "lora", script, settings, site, asked, ())
+def lora(
+    ctx: click.Context,
+    settings: JobSettings,
+    nodes: int,
+    tasks_per_node: int | None,
+    site: Site,
+    asked: Asked,
+) -> None:
+    """Fine-tune a model by LoRA in a Slurm job: one rank on each GPU; with --no-cuda on CPUs."""
+    if settings.training.device == "cpu":
+        flags = [f"--nodes={nodes}", f"--ntasks-per-node={tasks_per_node or 1}"]
+        submit_finetuning(ctx, "lora", "lora-cpu.sbatch", settings, site, asked, flags)
+        return
+    gpus = gpus_of(site)
+    tasks = tasks_per_node or whole(gpus) or 1
+    flags = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
+    if gpus is not None and site.gpus_per_node is None:
+        # The script's own --gpus-per-node=1 would hide the others of --gres from srun.
+        flags.append(f"--gpus-per-node={gpus}")
+    submit_finetuning(ctx, "lora", "lora.sbatch", settings, site, asked, flags)
 
 
 @click.command()
@@ -73,12 +96,7 @@ sft.params += [it for it in sft_here.params if it.name in SFT_OPTIONS]
 @job_options("axonn")
 @parallelism_options
 @NODES
-@click.option(
-    "--tasks-per-node",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Ranks a node. Default: its GPUs (--gpus-per-node), or one.",
-)
+@TASKS
 @site_options
 @submission_options
 @click.pass_context
@@ -92,7 +110,7 @@ def axonn(
     asked: Asked,
 ) -> None:
     """Fine-tune by LoRA on AxoNN's sharded layers in a Slurm job: one rank on each GPU."""
-    tasks = tasks_per_node or whole(site.gpus_per_node) or 1
+    tasks = tasks_per_node or whole(gpus_of(site)) or 1
     make_grid(parallelism, nodes * tasks, f"{nodes} nodes with {tasks} tasks each")
     flags = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
     submit_finetuning(ctx, "axonn", "axonn.sbatch", settings, site, asked, flags)
@@ -131,6 +149,17 @@ def submit_finetuning(
         ),
         asked,
     )
+
+
+def gpus_of(site: Site) -> str | None:
+    """GPUs of a node, as --gpus-per-node or --gres has them: "4", or "a100:4"; None: not said."""
+    if site.gpus_per_node is not None:
+        return site.gpus_per_node
+    for resource in (site.gres or "").split(","):
+        kind, _, rest = resource.partition(":")
+        if kind == "gpu":
+            return rest if rest.rpartition(":")[2].isdigit() else f"{rest}:1" if rest else "1"
+    return None
 
 
 def whole(gpus: str | None) -> int | None:

@@ -142,6 +142,16 @@ def test_without_a_gpu_another_script_is_submitted(at, capsys):
     assert str(ROOT / "scripts" / "slurm" / "lora-cpu.sbatch") in command_of(out)[1]
 
 
+@pytest.mark.parametrize("typed", [("--gpus-per-node", "4"), ("--gres", "gpu:4,shard:1")])
+def test_lora_takes_one_task_a_gpu(at, capsys, typed):
+    code, out, _ = run(capsys, *LORA, "--nodes", "2", *typed, "--dry-run")
+    assert code == 0
+    _, words = command_of(out)
+    script = words.index(str(ROOT / "scripts" / "slurm" / "lora.sbatch"))
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"} <= set(words[:script])
+    assert not any("nodes" in it or "tasks" in it for it in words[script + 1 :])
+
+
 def test_sft_takes_one_task_a_node(at, capsys):
     typed = ["--nodes", "2", "--gpus-per-node", "a100:4", "--rdzv-backend", "c10d"]
     code, out, _ = run(capsys, "submit", "sft", *LORA[2:], *typed, "--dry-run")
