@@ -67,8 +67,7 @@ _MERGE_ELSEWHERE: Final = "merge it into its base model with peft, and serve tha
 _REASONS: Final = {
     "modules_to_save": f"trained whole modules beside its matrices; {MERGE}",
     "trainable_token_indices": f"trained embeddings, which the manager holds; {MERGE}",
-    "target_parameters": "adapts parameters of no linear module (stacked experts, routers); "
-    f"{_MERGE_ELSEWHERE}",
+    "target_parameters": f"adapts parameters of no linear module (stacked experts); {MERGE}",
     "layer_replication": "runs some layers more than once",
     "alora_invocation_tokens": "applies only behind certain tokens",
     "use_qalora": "is made for one quantized base model",

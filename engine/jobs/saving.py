@@ -24,11 +24,11 @@ from engine.jobs.base_model import (
     quiet_transformers,
     reference,
 )
+from engine.jobs.fit import ADAPTER_WEIGHTS, check_fit
 from engine.jobs.folders import write_folder
 from proto.errors import ModelError, UsageError
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
-ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 MAX_SHARD: Final = "5GB"
 
 
@@ -108,7 +108,7 @@ def merge(model: Any, adapter: Path, model_name: str) -> Any:
     """
     from peft import PeftModel
 
-    check_fit(model, adapter, model_name)
+    check_fit(model, check_adapter(adapter), adapter, model_name)
     with warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")
         try:
@@ -152,52 +152,6 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
             "again with peft's save_pretrained."
         )
     return config
-
-
-def check_fit(model: Any, adapter: Path, model_name: str) -> None:
-    """Every matrix of the adapter has its layer in the model, of its size.
-
-    Raises:
-        UsageError: one has not.
-    """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except Exception as exc:  # safetensors' own errors
-        raise UsageError(
-            f"{adapter / ADAPTER_WEIGHTS} is damaged ({first_line(exc)}): copy it again."
-        ) from exc
-    modules = dict(model.named_modules())
-    for key, shape in shapes.items():
-        path, side = _layer_of(key)
-        if side is None:
-            continue
-        module = modules.get(path)
-        weight = getattr(module, "weight", None)
-        if weight is None:
-            raise UsageError(
-                f"the adapter {adapter} is for another model: it has weights for {path}, and "
-                f"{model_name} has no such layer."
-            )
-        is_transposed = not hasattr(module, "in_features") and not hasattr(module, "num_embeddings")
-        sizes = tuple(reversed(weight.shape)) if is_transposed else tuple(weight.shape)
-        expected, found = (sizes[1], shape[1]) if side == "A" else (sizes[0], shape[0])
-        if weight.ndim == 2 and expected != found:
-            raise UsageError(
-                f"the adapter {adapter} is for another model: at {path} it is {found} wide, and "
-                f"the layer of {model_name} {expected}."
-            )
-
-
-def _layer_of(key: str) -> tuple[str, str | None]:
-    """Module path and matrix of `base_model.model.<path>.lora_A.weight`."""
-    path = key.removeprefix("base_model.model.")
-    for side in ("A", "B"):
-        if path.endswith(f".lora_{side}.weight"):
-            return path.removesuffix(f".lora_{side}.weight"), side
-    return path, None
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from engine.jobs.base_model import Placement, choose_placement, load_base
-from engine.jobs.batches import BatchPlan
-from engine.jobs.checkpoints import RunState, latest_checkpoint, load_checkpoint
+from engine.jobs.checkpoints import latest_checkpoint
 from engine.jobs.events import Listener
 from engine.jobs.folders import PARTIAL
 from engine.jobs.job import (
@@ -33,11 +32,13 @@ from engine.jobs.job import (
 )
 from engine.jobs.lora import adapted, say_targets
 from engine.jobs.lora_config import find_targets, trainable_parameters
+from engine.jobs.optimizer import new_optimizer
 from engine.jobs.process_group import ProcessGroup
 from engine.jobs.run_folder import RunFolder, open_run_folder
 from engine.jobs.run_log import both, open_log
 from engine.jobs.saving import save_adapter
 from engine.jobs.sft_job import SftJob
+from engine.jobs.step_book import Trainee
 from engine.jobs.stopping import StopRequest
 from proto.errors import Error, UsageError
 
@@ -186,19 +187,15 @@ def _train(
     listener: Listener,
 ) -> None:
     """All steps, from the first process's last checkpoint on if there is one."""
-    from engine.jobs.sft_steps import Steps, Surroundings
-    from engine.jobs.sft_trainer import RowsTrainer, new_optimizer
+    from engine.jobs.sft_steps import Steps
+    from engine.jobs.sft_trainer import RowsTrainer
 
     training, rows = job.settings.training, materials.dataset.train
-    plan = BatchPlan.of(training, len(rows), group.num_processes)
-    parameters = trainable_parameters(model)
-    optimizer = new_optimizer(training, [it for _, it in parameters])
-    path = _agreed(folder, latest, group)
-    state = RunState() if path is None else load_checkpoint(path, parameters, optimizer)
-    around = Surroundings(
+    optimizer = new_optimizer(training, [it for _, it in trainable_parameters(model)])
+    trainee = Trainee(
+        model=model,
         settings=training,
         placement=placement,
-        plan=plan,
         train=rows,
         validation=materials.dataset.validation,
         checkpoints=folder.checkpoints,
@@ -206,11 +203,15 @@ def _train(
         stop=stop,
         ranks=group,
     )
-    steps = Steps(around, model, optimizer, state, path)
+    steps = Steps(trainee, optimizer)
+    book = steps.book
+    path = _agreed(folder, latest, group)
+    if path is not None:
+        book.resume(path)
     trainer = RowsTrainer(
         model=model,
         job=job,
-        plan=plan,
+        plan=book.plan,
         rows=rows,
         tokenizer=materials.tokenizer,
         placement=placement,
@@ -222,10 +223,11 @@ def _train(
     try:
         steps.trainer = trainer
         trainer.check_loss(materials.checkpoint.name)
-        _restore_scale(trainer.accelerator.scaler, state)
-        steps.begin()
-        if state.step < plan.total_steps:
-            trainer.go_on(state.step)
+        book.scaler = trainer.accelerator.scaler
+        book.restore_scale()
+        book.begin()
+        if not book.is_over:
+            trainer.go_on(book.step)
         steps.finish()
     finally:
         steps.trainer = None
@@ -249,14 +251,6 @@ def _agreed(folder: RunFolder, latest: Path | None, group: ProcessGroup) -> Path
 
 def _step_of(checkpoint: Path | None) -> int | None:
     return None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-
-
-def _restore_scale(scaler: Any, state: RunState) -> None:
-    """The loss scale of float16."""
-    if scaler is None or not scaler.is_enabled() or state.loss_scale is None:
-        return
-    said = {"scale": state.loss_scale, "_growth_tracker": state.scale_growth or 0}
-    scaler.load_state_dict({**scaler.state_dict(), **said})
 
 
 def _local_rank() -> int:

@@ -24,11 +24,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from engine.jobs.base_model import Placement
 from engine.jobs.batches import BatchPlan, MicroBatch, collate
+from engine.jobs.memory_words import memory_in_words
 from engine.jobs.ranks import Ranks
-from engine.jobs.settings import TrainingSettings
+from engine.jobs.seeds import mixed
 from engine.jobs.sft_job import SftJob
 from engine.jobs.token_rows import TokenRows
-from engine.jobs.training_loop import BETAS, EPSILON, memory_in_words, mixed
 from proto.errors import ModelError
 
 TRAINER_STATE: Final = "trainer_state.json"
@@ -172,17 +172,6 @@ class RowsTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights are in place: checkpoints are `engine.jobs.checkpoints`'s business."""
-
-
-def new_optimizer(settings: TrainingSettings, parameters: Sequence[Any]) -> torch.optim.Optimizer:
-    """The same as the loop's."""
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=settings.learning_rate,
-        betas=BETAS,
-        eps=EPSILON,
-        weight_decay=settings.weight_decay,
-    )
 
 
 def _config(job: SftJob, plan: BatchPlan, scratch: str) -> SFTConfig:

@@ -24,9 +24,10 @@ from engine.jobs.run_folder import RunFolder, open_run_folder
 from engine.jobs.run_log import both, open_log
 from engine.jobs.saving import save_adapter
 from engine.jobs.settings import JobSettings, TrainingSettings
+from engine.jobs.step_book import Trainee
 from engine.jobs.stopping import StopRequest
 from engine.jobs.team import Team
-from engine.jobs.training_loop import Trainee, train
+from engine.jobs.training_loop import train
 from proto.errors import Error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.axonn import (
+from tests.support.ranks import (
     check_equal,
     mpirun,
     rank_process,

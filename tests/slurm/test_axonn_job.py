@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.axonn import check_equal, rank_process, settings_of, words_of
+from tests.support.ranks import check_equal, rank_process, settings_of, words_of
 from tests.support.finetuning import EXCHANGES, run, save_model, write_jsonl
 from tests.support.slurm_cluster import SlurmCluster
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,29 @@ def test_a_base_model_is_not_merged_into_itself(call, run_dir, tiny):
     answer = call("finetune", "merge", "--adapter", run_dir / "lora_adapters", "--output", tiny,
                   "--overwrite")  # fmt: skip
     assert answer.code == 2 and "is the folder of the base model: name another one" in answer.err
+
+
+def test_an_adapter_of_stacked_experts_is_merged_as_peft_does_and_fits_its_own_model(
+    call, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.adapters import adapted
+    from tests.support.models import save_tiny
+
+    save_tiny("mixtral", tmp_path / "base")
+    save_tiny("mixtral", tmp_path / "other", intermediate_size=56)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapted(
+        base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=experts
+    )
+    words = ("finetune", "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "made",
+             "--base-model", tmp_path / "base")  # fmt: skip
+    assert call(*words).code == 0
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")(ids).logits
+        torch.testing.assert_close(made, model(ids).logits, rtol=1e-3, atol=1e-3)
+    answer = call(*words[:-1], tmp_path / "other", "--overwrite")
+    assert answer.code == 2 and "is for another model: at model.layers.0.mlp.experts" in answer.err

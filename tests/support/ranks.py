@@ -1,4 +1,4 @@
-"""AxoNN jobs for tests: `manager finetune axonn` by mpirun or srun, against one plain process."""
+"""Jobs of several ranks for tests: `manager finetune axonn|lora`, against one plain process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def settings_of(model: Path, data: Path, save_dir: Path, *, steps: int = 6) -> J
     )  # fmt: skip
 
 
-def words_of(settings: JobSettings, num_ranks: int, *more: str) -> list[str]:
+def words_of(settings: JobSettings, num_ranks: int, *more: str, method: str = "axonn") -> list[str]:
     """The same job as one of so many ranks."""
     training = settings.training
     return [
-        sys.executable, "-m", "manager", "finetune", "axonn",
+        sys.executable, "-m", "manager", "finetune", method,
         "--base-model", str(settings.base_model), "--train-path", settings.data.train[0],
         "--val-path", settings.data.validation[0], "--save-dir", settings.output.save_dir,
         "--lora-r", "4", "--lora-alpha", "8", "--lora-dropout", "0",
