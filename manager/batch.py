@@ -16,6 +16,16 @@ from typing import Any, Final
 import click
 
 from manager import event_loop
+from manager.batch_options import (
+    BATCH_SIZE,
+    CHAT,
+    DEFAULT_BATCH_SIZE,
+    ITERS,
+    METRICS,
+    OUTPUT,
+    OVERWRITE,
+    SYSTEM,
+)
 from manager.batch_run import longest, run_rows
 from manager.cli import Interrupted
 from manager.generation import GenerationOptions
@@ -33,7 +43,6 @@ from manager.prompts import PLAIN, Row, Template, read_prompts
 from manager.results import Results, open_results
 from proto.errors import Error, UsageError
 
-DEFAULT_BATCH_SIZE: Final = 16
 DEFAULT_NEW_TOKENS: Final = 64
 
 
@@ -94,39 +103,15 @@ def _check_paths(paths: dict[str, Path | None]) -> None:
     metavar="FILE",
     help=".txt: a prompt a line; .jsonl: objects with prompt or messages, and options of the row.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=DEFAULT_BATCH_SIZE,
-    show_default=True,
-    metavar="N",
-    help="How many sequences run at once.",
-)
-@click.option(
-    "--iters",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Run all prompts so often. Results are the first run's, metrics of all.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="F.jsonl",
-    help="Where results go, in input order; resumed when interrupted. Default: stdout.",
-)
-@click.option("--overwrite", is_flag=True, help="Begin anew where results are there already.")
-@click.option(
-    "--metrics",
-    type=click.Path(path_type=Path),
-    metavar="F.json",
-    help="Write tokens/s, latencies, and what workers and manager used.",
-)
+@BATCH_SIZE
+@ITERS
+@OUTPUT
+@OVERWRITE
+@METRICS
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics on stdout.")
 @sampling_options
-@click.option("--chat", is_flag=True, help="A prompt is a message, in the model's chat template.")
-@click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
+@CHAT
+@SYSTEM
 @click.option("--base-model", metavar="DIR|HUB_ID", help="The same as --model.")
 @ADAPTER
 @connection_options
@@ -141,7 +126,8 @@ def batch(
 ) -> None:
     """Run a file of prompts, many at once, and write one result a line in input order.
 
-    A batch that was interrupted goes on where it ended when the same command is run again.
+    A batch that was interrupted goes on where it ended when the same command is run again;
+    without --output results go to stdout.
     Exit code 1 when any row failed; its result says why.
     """
     config = BatchConfig(

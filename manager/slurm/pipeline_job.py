@@ -15,14 +15,22 @@ from typing import Any, Final, TypeVar
 import click
 from click.core import ParameterSource
 
+from manager.batch_options import (
+    BATCH_SIZE,
+    CHAT,
+    DEFAULT_BATCH_SIZE,
+    ITERS,
+    METRICS,
+    OUTPUT,
+    OVERWRITE,
+    SYSTEM,
+)
 from manager.generation import GenerationOptions
-from manager.options import ADAPTER, sampling_options
+from manager.options import ADAPTER, TRACE, sampling_options
 from manager.prompts import Row, Template, read_prompts
 from proto.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-DEFAULT_BATCH_SIZE: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,40 +179,16 @@ WORK_OPTIONS: Final = (
         metavar="FILE",
         help="Run these, as `manager batch` does; needs --output.",
     ),
-    click.option(
-        "--output",
-        type=click.Path(path_type=Path),
-        metavar="F.jsonl",
-        help="Where results go, in input order; an interrupted job goes on there.",
-    ),
-    click.option("--overwrite", is_flag=True, help="Begin anew where results are there already."),
-    click.option(
-        "--metrics",
-        type=click.Path(path_type=Path),
-        metavar="F.json",
-        help="Write tokens/s, latencies, and what workers and manager used.",
-    ),
-    click.option(
-        "--trace",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Write when each step was where, for ui.perfetto.dev.",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=DEFAULT_BATCH_SIZE,
-        show_default=True,
-        metavar="N",
-        help="How many sequences run at once.",
-    ),
-    click.option(
-        "--iters", type=click.IntRange(min=1), default=1, metavar="N", help="Run all so often."
-    ),
+    OUTPUT,
+    OVERWRITE,
+    METRICS,
+    TRACE,
+    BATCH_SIZE,
+    ITERS,
     click.option("--prompt", metavar="TEXT", help="Or continue this one; it goes to the log."),
     click.option("--serve", is_flag=True, help="Comes with `manager serve`; refused until then."),
-    click.option("--chat", is_flag=True, help="A prompt is a message, in the chat template."),
-    click.option("--system", metavar="TEXT", help="With --chat: what the model is told first."),
+    CHAT,
+    SYSTEM,
     click.option("--dtype", default="auto", metavar="NAME", help="As `worker --dtype`."),
     click.option("--quantize", default="none", metavar="NAME", help="As `worker --quantize`."),
     click.option(

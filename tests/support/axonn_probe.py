@@ -26,6 +26,7 @@ from engine.jobs.lora_config import adapt, trainable_parameters
 from engine.jobs.settings import LoraSettings
 from manager.finetune.ranks_launch import detect
 from manager.finetune.ranks_meeting import meet
+from manager.finetune.ranks_place import find_place
 
 CPU = torch.device("cpu")
 MAX_NORM = 0.5
@@ -34,7 +35,7 @@ MAX_NORM = 0.5
 def main(folder: Path) -> None:
     """Probe all axes."""
     launch = detect(os.environ)
-    meeting = meet(launch)
+    meeting = meet(launch, find_place(launch, os.environ))
     dist.init_process_group(
         "gloo", store=meeting.store, rank=launch.rank, world_size=launch.num_ranks
     )
