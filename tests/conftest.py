@@ -75,7 +75,8 @@ def _no_worker_outlives_the_tests() -> Iterator[None]:
     assert not left, "processes that tests left behind:\n" + "\n".join(left)
 
 
-OURS = {"worker", "manager", "llama-server", "rpc-server", "ggml-rpc-server"} | {"engine.jobs.sft_process", "manager.finetune.ranks_process"}  # fmt: skip  # noqa: E501
+OURS = {"worker", "manager", "llama-server", "rpc-server", "ggml-rpc-server"}
+OURS |= {"engine.jobs.sft_process", "manager.finetune.ranks_process"}
 
 
 def _is_ours(process: psutil.Process) -> bool:
