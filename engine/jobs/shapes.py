@@ -65,8 +65,8 @@ class Shape:
 
 
 # Columns of instructions and of their answers. The first three are the guides' sets hpc-instruct,
-# Magicoder-OSS-Instruct, and Evol-Instruct-Code (whose columns are also Alpaca's), as public programs
-# that train on them read them.
+# Magicoder-OSS-Instruct, and Evol-Instruct-Code (whose columns are also Alpaca's), as public
+# programs that train on these read them.
 INSTRUCTION_COLUMNS: Final = (
     ("problem statement", "solution"),
     ("problem", "solution"),

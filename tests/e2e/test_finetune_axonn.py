@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.finetuning import EXCHANGES, run, save_model, write_jsonl
+from tests.support.processes import ROOT, clean_environment
 from tests.support.ranks import (
     check_equal,
     mpirun,
@@ -20,8 +22,6 @@ from tests.support.ranks import (
     why_no_mpirun,
     words_of,
 )
-from tests.support.finetuning import EXCHANGES, run, save_model, write_jsonl
-from tests.support.processes import ROOT, clean_environment
 
 PATIENCE_S = 150
 STEPS = 60

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.ranks import check_equal, rank_process, settings_of, words_of
 from tests.support.finetuning import EXCHANGES, run, save_model, write_jsonl
+from tests.support.ranks import check_equal, rank_process, settings_of, words_of
 from tests.support.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
