@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from torch import distributed
-
 from engine.jobs.stopping import StopRequest
 
 POLL_S: Final = 0.05
@@ -67,12 +65,30 @@ class Team:
 
 def alone() -> Team:
     """A process that has no others."""
-    stores: Any = distributed  # whose names are not all declared
     return Team(
         rank=0,
         num_ranks=1,
         local_rank=0,
         hosts=("this host",),
         launcher="nothing",
-        store=stores.HashStore(),
+        store=_OwnStore(),
     )
+
+
+class _OwnStore:
+    """What torch's store is to several, for one."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    def set(self, key: str, value: str) -> None:
+        """Keep it."""
+        self._said[key] = value
+
+    def get(self, key: str) -> str:
+        """What was kept."""
+        return self._said[key]
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of them were."""
+        return all(key in self._said for key in keys)
