@@ -10,7 +10,7 @@ from typing import Final
 from manager.cli import LazyGroup
 
 COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
-    "lora": ("manager.finetune.lora", "lora", "LoRA in one process: the CPU, or one GPU."),
+    "lora": ("manager.finetune.lora", "lora", "LoRA: the CPU, one GPU, or one process on each."),
     "sft": ("manager.finetune.sft", "sft", "SFT with trl: all GPUs of a node, or of many nodes."),
     "axonn": ("manager.finetune.axonn", "axonn", "AxoNN: tensor x data parallel, a rank a GPU."),
     "data": ("manager.finetune.data", "data", "Show what would be learnt from some data."),
