@@ -14,7 +14,7 @@ from tests.support.processes import ROOT, clean_environment
 from tests.support.ranks import check_equal, settings_of, words_of
 
 PATIENCE_S = 150
-STEPS = 30
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
