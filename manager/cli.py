@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from proto.errors import Error
+from proto.quick_start import quick_start
 from proto.settings import Setting, find_settings, read_settings_file, settings_file
 
 # name -> (module, attribute, what `manager --help` says of it)
@@ -227,6 +228,7 @@ manager = LazyGroup(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: run, say what went wrong in one line, leave with its exit code."""
     ctx_meta: dict[str, Any] = {}
+    quick_start()
     try:
         with manager.make_context(
             "manager", list(sys.argv[1:] if arguments is None else arguments)

@@ -13,7 +13,9 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from proto.quick_start import quick_start
 from tests.support.llama_cpp import why_no_llama_cpp
+from tests.support.side_by_side import share_tests
 
 # Several processes with torch share the cores of one machine: one thread each, or they spend
 # their time waiting for one another. The hub is never asked: tests make their own checkpoints.
@@ -26,6 +28,7 @@ os.environ.update(
     OPENBLAS_NUM_THREADS="1",
     VECLIB_MAXIMUM_THREADS="1",
 )
+quick_start()
 # The settings of whoever runs the tests are not the settings under test.
 for name in [name for name in os.environ if name.startswith("COMBOIO_")]:
     del os.environ[name]
@@ -39,6 +42,10 @@ settings.register_profile(
     derandomize="CI" in os.environ,
 )
 settings.load_profile("comboio")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    share_tests(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

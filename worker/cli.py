@@ -23,6 +23,7 @@ from proto.adapter_name import split_adapters
 from proto.address import Address
 from proto.cores import cores_each
 from proto.errors import Error, UsageError
+from proto.quick_start import quick_start
 from proto.secret import read_secret_file
 from proto.settings import (
     Setting,
@@ -67,6 +68,7 @@ class Invocation:
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command and leave: 0 done, 2 the caller's mistake, 1 anything else."""
     debug = "--debug" in (sys.argv[1:] if args is None else args)
+    quick_start()
     try:
         sys.exit(_main(args))
     except Error as exc:

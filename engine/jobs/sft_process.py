@@ -32,6 +32,7 @@ from engine.jobs.sft_messages import (
 )
 from engine.jobs.stopping import SIGNALS, Stopped, StopRequest
 from proto.errors import Error
+from proto.quick_start import quick_start
 
 ORPHANED: Final = 3
 # How torch's backends say that another process is gone.
@@ -51,6 +52,7 @@ LOST: Final = (
 def main(arguments: list[str]) -> int:
     """Run one process; returns its exit code."""
     (job_file,) = arguments
+    quick_start()
     rank = int(os.environ.get("RANK", "0"))
     log_file = Path(job_file).parent / f"process{rank}.log"
     tell = _open_channel(log_file)

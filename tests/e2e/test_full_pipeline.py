@@ -20,6 +20,8 @@ from tests.support.chains import Workers, sections_of, start_all
 from tests.support.sibling import save_sibling
 from tests.support.traces import TraceView, read_trace
 
+pytestmark = pytest.mark.alone
+
 NUM_SEQUENCES = 8
 NEW_TOKENS = 48
 BUSY_SHARE = 0.85
