@@ -6,6 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 BENCH  ?= all
+# Two for each core would fill a small machine's memory; one leaves cores idle while tests wait.
+TEST_PROCESSES ?= 3
+
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -55,7 +58,7 @@ finetune-demo: $(FINETUNE_STAMP)  ## fine-tune the demo model, and show that its
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/finetune_demo.sh
 
 test: $(TEST_STAMP)  ## the whole test suite (PYTEST_ARGS="-k name" for a part)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 check: $(TEST_STAMP)  ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

@@ -24,6 +24,9 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
+    # Jobs on a cluster set two threads all the same. A thread that waits for a core must not burn
+    # another meanwhile: a step that takes milliseconds would take seconds.
+    OMP_WAIT_POLICY="passive",
     MKL_NUM_THREADS="1",
     OPENBLAS_NUM_THREADS="1",
     VECLIB_MAXIMUM_THREADS="1",

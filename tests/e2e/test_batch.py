@@ -210,7 +210,7 @@ def running_batch(*words):
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
 
 
 def wait_for_rows(partial: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -230,7 +230,7 @@ def test_an_interrupted_batch_goes_on_where_it_ended(workers, prompts, expected,
     with running_batch(*words) as process:
         wait_for_rows(partial, 3, process)
         process.send_signal(signal.SIGINT)
-        stderr = process.communicate(timeout=30)[1].decode()
+        stderr = process.communicate(timeout=120)[1].decode()
     kept = read(partial)[1:]
     assert process.returncode == 130
     assert last_line(stderr) == (
@@ -271,7 +271,7 @@ def test_a_lost_worker_ends_the_batch_and_its_rows_are_kept(
     with running_batch(*words, "--workers", chain.option) as process:
         wait_for_rows(partial, 2, process)
         chain.processes[1].kill()
-        stderr = process.communicate(timeout=30)[1].decode()
+        stderr = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 1
     num_kept = len(read(partial)) - 1
     line = last_line(stderr)
@@ -432,7 +432,7 @@ def test_an_interrupted_trace_is_whole(workers, prompts, tmp_path):
     with running_batch(*words) as process:
         wait_for_rows(tmp_path / "o.jsonl.partial", 2, process)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
     events = json.loads((tmp_path / "t.json").read_text())
     assert sum(it["ph"] == "X" for it in events) > 80
 
@@ -456,5 +456,5 @@ def run_on_a_terminal(*words):
                 said += chunk
         except OSError:  # Linux says so when the other end is closed
             pass
-    assert process.wait(30) == 0, said.decode()
+    assert process.wait(120) == 0, said.decode()
     return said.decode()

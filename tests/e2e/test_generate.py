@@ -113,7 +113,7 @@ def test_an_interruption_while_workers_start_leaves_none_behind():
     while len(started := psutil.Process(running.pid).children()) < 2:
         assert running.poll() is None
     running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=60)
+    _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130
     assert one_line(stderr.decode()) == "manager: interrupted"
     assert not any(worker.is_running() for worker in started)
@@ -129,7 +129,7 @@ def test_an_interruption_is_heard_while_torch_is_being_imported(workers, tmp_pat
     )
     with open(tmp_path / "never", "w"):  # returns as soon as the import reads it
         running.send_signal(signal.SIGINT)
-        _, stderr = running.communicate(timeout=60)
+        _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130
     assert one_line(stderr.decode()) == "manager: interrupted"
 
@@ -142,7 +142,7 @@ def test_a_worker_that_dies_on_the_way_leaves_the_text_so_far(tiny, start):
     assert running.stdout is not None
     begun = running.stdout.read(1)
     chain.processes[1].kill()
-    stdout, stderr = running.communicate(timeout=30)
+    stdout, stderr = running.communicate(timeout=120)
     assert running.returncode == 1
     assert begun + stdout
     assert chain.addresses[1] in one_line(stderr.decode())
@@ -154,7 +154,7 @@ def test_with_json_a_lost_worker_still_prints_the_object(tiny, start):
     running = start_manager(*words)
     asyncio.run(wait_for_steps(chain.addresses, 30))
     chain.processes[0].kill()
-    stdout, stderr = running.communicate(timeout=30)
+    stdout, stderr = running.communicate(timeout=120)
     said = json.loads(stdout)
     assert running.returncode == 1
     assert said["finish_reason"] == "error"
@@ -170,7 +170,7 @@ def test_an_interruption_keeps_the_text_and_frees_the_workers(workers, number):
     assert running.stdout is not None
     assert running.stdout.read(1)
     running.send_signal(number)
-    _, stderr = running.communicate(timeout=30)
+    _, stderr = running.communicate(timeout=120)
     assert running.returncode == 128 + number
     assert one_line(stderr.decode()) == "manager: interrupted"
     asyncio.run(wait_until_free(workers.addresses))
@@ -186,7 +186,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(workers):
     assert running.stderr is not None
     assert running.stderr.read() == b""
     running.stderr.close()
-    assert running.wait(30) == 1
+    assert running.wait(120) == 1
     asyncio.run(wait_until_free(workers.addresses))
 
 

@@ -179,7 +179,7 @@ def test_a_reader_gets_the_text_as_it_comes(server):
     assert running.stdout is not None
     assert running.stdout.read(1)  # the first character is there
     running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=60)
+    _, stderr = running.communicate(timeout=120)
     assert running.returncode in (130, 0)  # it may just have been done
     assert b"Traceback" not in stderr
 
@@ -325,7 +325,7 @@ def test_a_server_that_dies_while_it_loads_is_one_sentence(tmp_path):
         assert running.stderr is not None
         assert b"is loading its model" in running.stderr.readline()
         slow.kill()
-        stderr = running.communicate(timeout=60)[1].decode()
+        stderr = running.communicate(timeout=120)[1].decode()
     assert running.returncode == 1
     assert f"no llama-server answers at {slow.url}" in one_line(stderr)
 
@@ -395,7 +395,7 @@ def test_a_server_that_dies_on_the_way_leaves_the_text_so_far(gguf):
         assert running.stdout is not None
         begun = running.stdout.read(1)
         dying.kill()
-        stdout, stderr = running.communicate(timeout=60)
+        stdout, stderr = running.communicate(timeout=120)
     assert running.returncode == 1
     assert begun + stdout
     assert f"the llama-server at {dying.url} was lost: " in one_line(stderr.decode())
@@ -410,7 +410,7 @@ def running_batch(*words):
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
 
 
 def wait_for_rows(partial: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -434,7 +434,7 @@ def test_a_batch_goes_on_where_it_ended_when_the_server_is_back(
         with running_batch(*asked, "--server", dying.url) as process:
             wait_for_rows(partial, 3, process)
             dying.kill()
-            stderr = process.communicate(timeout=60)[1].decode()
+            stderr = process.communicate(timeout=120)[1].decode()
     kept = read(partial)[1:]
     assert process.returncode == 1
     assert 3 <= len(kept) < 60
@@ -469,7 +469,7 @@ def test_an_interrupted_batch_says_what_is_kept(server, prompts, tmp_path):
     ) as process:
         wait_for_rows(partial, 2, process)
         process.send_signal(signal.SIGINT)
-        stderr = process.communicate(timeout=60)[1].decode()
+        stderr = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130
     num_kept = len(read(partial)) - 1
     assert last_line(stderr) == (

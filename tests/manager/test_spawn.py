@@ -76,4 +76,4 @@ def test_they_do_not_outlive_a_manager_that_is_killed():
         assert manager.stdout is not None
         worker = psutil.Process(int(manager.stdout.readline()))
         manager.send_signal(signal.SIGKILL)
-    worker.wait(30)
+    worker.wait(120)

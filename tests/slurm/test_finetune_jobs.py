@@ -38,7 +38,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {it["step"]: it["loss"] for it in events if "loss" in it and "step" in it}
 
 
-def steps_when(folder: Path, step: int, timeout_s: float = 120.0) -> None:
+def steps_when(folder: Path, step: int, timeout_s: float = 240.0) -> None:
     """Wait until this checkpoint is there."""
     give_up_s = time.monotonic() + timeout_s
     while time.monotonic() < give_up_s:

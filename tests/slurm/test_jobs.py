@@ -47,12 +47,13 @@ def ended(slurm: SlurmCluster) -> dict[str, int]:
         jobs["NODE_FAIL"] = slurm.submit("--nodelist=node3", "--wrap", "srun sleep 600")
         slurm.wait_running(jobs["NODE_FAIL"])
         slurm.node("crash", 3)
+        slurm.sh("scontrol", "update", "nodename=node3", "state=down", "reason=test")
     slurm.wait_text(started, "on")
     slurm.time_out(jobs["TIMEOUT"])
     slurm.wait_running(jobs["CANCELLED"])
     slurm.sh("scancel", jobs["CANCELLED"])
     for job_id in jobs.values():
-        slurm.wait(job_id, timeout=120)
+        slurm.wait(job_id)
     slurm.mend()
     return jobs
 
@@ -218,7 +219,7 @@ def test_wait_waits_for_a_job_that_has_not_started_and_says_why(slurm):
         assert waiting.stderr is not None
         assert "JobHeldUser" in waiting.stderr.readline()
         slurm.sh("scontrol", "release", job_id)
-        out, err = waiting.communicate(timeout=60)
+        out, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 0, err
     assert out.startswith(f"job {job_id} (patience) completed in ")
 
@@ -239,7 +240,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_job(slurm):
         assert waiting.stderr is not None
         waiting.stderr.readline()  # why it waits: from now on, it can be interrupted
         waiting.send_signal(signal.SIGINT)
-        _, err = waiting.communicate(timeout=30)
+        _, err = waiting.communicate(timeout=120)
     assert (waiting.returncode, err) == (130, "manager: interrupted\n")
     assert slurm.job(job_id)["JobState"] == "PENDING"
 
@@ -254,7 +255,7 @@ def test_a_requeued_job_is_waited_for_until_it_ends_in_the_end(slurm):
         assert waiting.stderr is not None
         assert "BeginTime" in waiting.stderr.readline()
         slurm.start_requeued(job_id)
-        out, err = waiting.communicate(timeout=90)
+        out, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 0, err
     assert "completed" in out
     assert "run 1" in log.read_text()

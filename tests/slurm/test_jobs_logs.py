@@ -54,7 +54,7 @@ def test_a_log_is_followed_until_the_job_is_over(slurm, two_parts):
         assert first_line(following) == "first\n"
         assert slurm.job(job_id)["JobState"] == "RUNNING"
         go.touch()
-        out, err = following.communicate(timeout=60)
+        out, err = following.communicate(timeout=120)
     assert (following.returncode, out) == (0, "second\nthird")
     assert err.splitlines()[-1] == f"manager: job {job_id} (parts) completed"
 
@@ -67,7 +67,7 @@ def test_a_job_that_waits_is_followed_from_its_start(slurm, two_parts):
         assert following.stderr is not None
         assert f"job {job_id} (job.sh) waits: JobHeldUser" in following.stderr.readline()
         slurm.sh("scontrol", "release", job_id)
-        out, _ = following.communicate(timeout=60)
+        out, _ = following.communicate(timeout=120)
     assert (following.returncode, out) == (0, "first\nsecond\nthird")
 
 
@@ -76,7 +76,7 @@ def test_ctrl_c_leaves_the_log_and_not_the_job(slurm, two_parts):
     with slurm.start_manager("logs", "-f", job_id) as following:
         assert first_line(following) == "first\n"
         following.send_signal(signal.SIGINT)
-        out, err = following.communicate(timeout=30)
+        out, err = following.communicate(timeout=120)
     assert (following.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "manager: interrupted"
     assert slurm.job(job_id)["JobState"] == "RUNNING"
@@ -98,7 +98,7 @@ def test_a_requeued_job_is_followed_into_its_second_run(slurm):
         assert first_line(following) == "run \n"
         slurm.sh("scontrol", "requeue", job_id)
         slurm.start_requeued(job_id)
-        out, err = following.communicate(timeout=90)
+        out, err = following.communicate(timeout=120)
     assert following.returncode == 0, err
     assert "run 1" in (slurm.folder / f"slurm-{job_id}.out").read_text()
     # A file written anew between two looks, and longer than it was, looks like one that grew.

@@ -38,7 +38,7 @@ def test_a_machine_without_slurm_is_told_so(slurm, words):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_configuration_that_is_not_there_is_told_at_once(slurm, words):
-    answer = slurm.manager(*words, env={"SLURM_CONF": "/nowhere/slurm.conf"}, timeout=20)
+    answer = slurm.manager(*words, env={"SLURM_CONF": "/nowhere/slurm.conf"}, timeout=60)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "SLURM_CONF names '/nowhere/slurm.conf', and there is no such file" in answer.stderr
 

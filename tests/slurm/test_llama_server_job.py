@@ -56,7 +56,7 @@ def submit(slurm: SlurmCluster, at: Path, *words: str) -> str:
     return slurm.manager(*words, check=True, cwd=at).stdout.strip()
 
 
-def when(path: Path, words: str, timeout_s: float = 90.0) -> str:
+def when(path: Path, words: str, timeout_s: float = 240.0) -> str:
     """The text of a file, once it has these words."""
     give_up_s = time.monotonic() + timeout_s
     while time.monotonic() < give_up_s:

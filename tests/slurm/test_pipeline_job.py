@@ -66,7 +66,7 @@ def log_of(at: Path, job: str) -> str:
     return next((at / "comboio-jobs").glob(f"*-{job}.out")).read_text()
 
 
-def log_when(at: Path, job: str, words: str, timeout_s: float = 90.0) -> str:
+def log_when(at: Path, job: str, words: str, timeout_s: float = 240.0) -> str:
     """The log, once it has these words."""
     give_up_s = time.monotonic() + timeout_s
     while time.monotonic() < give_up_s:
@@ -76,7 +76,7 @@ def log_when(at: Path, job: str, words: str, timeout_s: float = 90.0) -> str:
     raise AssertionError(f"no {words!r} in time:\n{log_of(at, job)}")
 
 
-def rows_when(path: Path, count: int, timeout_s: float = 90.0) -> None:
+def rows_when(path: Path, count: int, timeout_s: float = 240.0) -> None:
     """Wait until so many rows are kept."""
     give_up_s = time.monotonic() + timeout_s
     while time.monotonic() < give_up_s:

@@ -53,7 +53,7 @@ def run(slurm: SlurmCluster, at: Path, commands: str) -> str:
     """What a shell prints for these commands; the first that fails ends them."""
     path = f"{Path(sys.prefix, 'bin')}:{slurm.env['PATH']}"
     done = slurm.sh(
-        *("bash", "-euc", commands), cwd=at, env={"PATH": path}, check=False, timeout=120
+        *("bash", "-euc", commands), cwd=at, env={"PATH": path}, check=False, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

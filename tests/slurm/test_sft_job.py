@@ -122,7 +122,7 @@ def test_a_job_whose_time_is_up_leaves_a_checkpoint(slurm, at):
     assert not processes(at)
 
 
-def wait_for_steps(run: Path, step: int, timeout_s: float = 120.0) -> None:
+def wait_for_steps(run: Path, step: int, timeout_s: float = 240.0) -> None:
     give_up_s = time.monotonic() + timeout_s
     path = run / "metrics.jsonl"
     while not (path.exists() and re.search(rf'"step": {step},', path.read_text())):
@@ -145,7 +145,7 @@ def processes(at: Path) -> dict[int, int]:
     return found
 
 
-def process_when(at: Path, rank: int, timeout_s: float = 90.0) -> int:
+def process_when(at: Path, rank: int, timeout_s: float = 240.0) -> int:
     give_up_s = time.monotonic() + timeout_s
     while rank not in (found := processes(at)):
         assert time.monotonic() < give_up_s, f"no process {rank}: {found}"

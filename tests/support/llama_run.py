@@ -17,7 +17,7 @@ import psutil
 from tests.support.llama_cpp import llama_cpp_dir
 from tests.support.processes import ROOT, Answer, clean_environment
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 POLL_S = 0.005
 # llama.cpp's threads spin: on a busy machine two of them are many times slower than one.
 THREADS = ("--threads", "1")

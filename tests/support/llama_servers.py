@@ -14,7 +14,7 @@ from types import TracebackType
 
 from tests.support.llama_cpp import SERVER, llama_cpp_dir
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 class LlamaServer:
@@ -88,7 +88,7 @@ class LlamaServer:
         """SIGKILL, as a crash would end it; does nothing if it ended already."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def _health(self) -> int | None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)

@@ -49,7 +49,7 @@ class WorkerProcess:
         *args: str,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        ready_timeout_s: float = 60.0,
+        ready_timeout_s: float = 120.0,
         wait: bool = True,
     ) -> None:
         listen: Sequence[str] = () if "--listen" in args else ("--listen", "127.0.0.1:0")
@@ -101,7 +101,7 @@ class WorkerProcess:
         except queue.Empty:
             raise AssertionError(f"no ready line in time; stderr:\n{self.stderr}") from None
         if line is None:
-            code = self.process.wait(10)
+            code = self.process.wait(60)
             raise AssertionError(f"the worker ended with {code}; stderr:\n{self.stderr}")
         match = READY.fullmatch(line)
         assert match, f"not a ready line: {line!r}"
@@ -128,7 +128,7 @@ class WorkerProcess:
         """Of the process."""
         return self.process.pid
 
-    def stop(self, timeout_s: float = 20.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
         """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
@@ -137,7 +137,7 @@ class WorkerProcess:
         """SIGKILL, as a power cut would end it; does nothing if it ended already."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def _read_stdout(self) -> None:
         assert self.process.stdout is not None
@@ -155,7 +155,7 @@ def run_worker(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         cwd=cwd or tempfile.gettempdir(),
         env=clean_environment(env),
         check=False,

@@ -68,7 +68,7 @@ class SlurmCluster:
         self,
         *words: object,
         check: bool = True,
-        timeout: float = 60.0,
+        timeout: float = 120.0,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
@@ -94,7 +94,7 @@ class SlurmCluster:
         return dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", said))
 
     def wait(
-        self, job_id: object, states: Collection[str] = ENDED, timeout: float = 90.0
+        self, job_id: object, states: Collection[str] = ENDED, timeout: float = 240.0
     ) -> dict[str, str]:
         """Wait until the job is in one of these states; AssertionError when it never is."""
         give_up_s = time.monotonic() + timeout
@@ -103,7 +103,7 @@ class SlurmCluster:
             time.sleep(0.1)  # slurmctld tells nobody
         return job
 
-    def wait_running(self, job_id: object, timeout: float = 90.0) -> dict[str, str]:
+    def wait_running(self, job_id: object, timeout: float = 240.0) -> dict[str, str]:
         """Wait until it runs; AssertionError if it ended before."""
         job = self.wait(job_id, ("RUNNING", *ENDED), timeout)
         assert job["JobState"] == "RUNNING", f"job {job_id} ended: {job}"
@@ -123,7 +123,7 @@ class SlurmCluster:
             ),
         )
 
-    def wait_reason(self, job_id: object, reason: str, timeout: float = 60.0) -> None:
+    def wait_reason(self, job_id: object, reason: str, timeout: float = 120.0) -> None:
         """Wait until the scheduler has looked at a job that waits, and says this of it."""
         self._until(
             f"job {job_id} waits for {reason}",
@@ -131,7 +131,7 @@ class SlurmCluster:
             timeout,
         )
 
-    def wait_text(self, log: Path, words: str, timeout: float = 60.0) -> None:
+    def wait_text(self, log: Path, words: str, timeout: float = 120.0) -> None:
         """Wait until a job has printed this; before that, it may not have begun though it runs."""
         self._until(
             f"{log} says {words!r}",
@@ -204,7 +204,7 @@ class SlurmCluster:
     def _all_idle(self) -> bool:
         return all(self.node_state(it + 1) == "IDLE" for it in range(self.num_nodes))
 
-    def _until(self, what: str, is_so: Callable[[], bool], timeout: float = 60.0) -> None:
+    def _until(self, what: str, is_so: Callable[[], bool], timeout: float = 120.0) -> None:
         give_up_s = time.monotonic() + timeout
         while not is_so():
             assert time.monotonic() < give_up_s, f"it never came that {what}"
@@ -247,7 +247,7 @@ class SlurmCluster:
         self,
         *words: object,
         check: bool = False,
-        timeout: float = 120.0,
+        timeout: float = 240.0,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> Answer:

@@ -25,7 +25,7 @@ from proto.messages import (
     StepDone,
 )
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 BLOCK_TOKENS = 16
 Kind = TypeVar("Kind", bound=Message)
 
