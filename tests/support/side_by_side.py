@@ -1,4 +1,4 @@
-"""How the processes of `pytest -n 3` share the tests: what stays together, what goes first or alone.
+"""How the processes of `pytest -n 3` share the tests: what stays together, goes first, runs alone.
 
 A file is run by one process from its first test to its last, so that what a module shares is made
 once. Files that share more than that, a cluster or workers, stay together too. Without `-n` there
