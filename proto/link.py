@@ -19,7 +19,7 @@ from proto.auth import NONCE_BYTES
 from proto.errors import Error, UsageError, WorkerUnreachable
 from proto.framing import DEFAULT_LIMITS, Limits
 from proto.link_protocol import Link, os_reason
-from proto.link_settings import DEFAULT_SETTINGS, LinkSettings
+from proto.link_settings import DEFAULT_SETTINGS, LISTENER_SETTINGS, LinkSettings
 from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome
 from proto.session import LISTENER, OPENER, Session
 
@@ -202,7 +202,7 @@ async def listen(
     on_link: Callable[[Link], None],
     on_refused: Callable[[str, Exception], None] | None = None,
     secret: bytes | None = None,
-    settings: LinkSettings = DEFAULT_SETTINGS,
+    settings: LinkSettings = LISTENER_SETTINGS,
     max_unproven: int = MAX_UNPROVEN,
     max_links: int = MAX_LINKS,
 ) -> Listener:

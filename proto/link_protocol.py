@@ -68,7 +68,7 @@ class Link(asyncio.BufferedProtocol):
         self._session = session
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._heartbeat = Heartbeat(settings.missed_heartbeats)
+        self._heartbeat = Heartbeat(settings.missed_heartbeats, settings.heartbeat_s)
         self._heard = True
         self._pings: dict[int, asyncio.Future[float]] = {}
         self._opened: asyncio.Future[None] = self._loop.create_future()
@@ -85,6 +85,7 @@ class Link(asyncio.BufferedProtocol):
 
         self._deadline: asyncio.TimerHandle | None = None
         self._beat_timer: asyncio.TimerHandle | None = None
+        self._beat_due_s = 0.0
         self._linger_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -405,7 +406,7 @@ class Link(asyncio.BufferedProtocol):
         assert self._deadline is not None
         self._deadline.cancel()
         self._opened.set_result(None)
-        self._beat_timer = self._loop.call_later(self.settings.heartbeat_s, self._beat)
+        self._set_beat(time.monotonic())
         self._send_ping()  # the first RTT at once
 
     def _deliver(self, frame: Frame) -> None:
@@ -448,15 +449,21 @@ class Link(asyncio.BufferedProtocol):
 
     def _beat(self) -> None:
         """Once an interval: is the peer alive, does it read, and tell it that we live."""
-        self._beat_timer = self._loop.call_later(self.settings.heartbeat_s, self._beat)
+        now_s = time.monotonic()
+        late_s = now_s - self._beat_due_s
+        self._set_beat(now_s)
         heard, self._heard = self._heard, False
-        if not self._heartbeat.beat(heard or self._resting):
+        if not self._heartbeat.beat(heard or self._resting, late_s):
             silent_s = self.settings.heartbeat_s * self.settings.missed_heartbeats
             self.abort(f"no answer for {silent_s:g} s")
         elif not self._outbox.stopped:
             self._send_ping()  # behind unsent bytes it would only add to them
         elif not self._outbox.beat():
             self.abort(f"it has not read for {self.settings.stalled_s:g} s")
+
+    def _set_beat(self, now_s: float) -> None:
+        self._beat_due_s = now_s + self.settings.heartbeat_s
+        self._beat_timer = self._loop.call_later(self.settings.heartbeat_s, self._beat)
 
     def _send_ping(self) -> None:
         with contextlib.suppress(PeerLost):

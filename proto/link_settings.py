@@ -15,8 +15,9 @@ class LinkSettings:
 
     max_payload_bytes: int = MAX_PAYLOAD_BYTES
     handshake_timeout_s: float = 5.0
-    heartbeat_s: float = 1.0
-    missed_heartbeats: int = 3  # so many intervals without a byte from the peer end the link
+    heartbeat_s: float = 0.15
+    # So many intervals without a byte from the peer end the link: after 0.75 to 0.9 s.
+    missed_heartbeats: int = 5
     # A peer that does not read: room for one frame of the largest size and what goes beside it.
     max_unsent_bytes: int = MAX_PAYLOAD_BYTES + 64 * MIB
     stalled_s: float = 60.0  # unsent bytes that do not become fewer for so long end the link
@@ -29,4 +30,9 @@ class LinkSettings:
                 raise UsageError(f"{name} is {value}: a link needs it above 0")
 
 
+# Of an opener: somebody waits for what it called the worker for, and whether a worker lives must be
+# known within a second. The worker's event loop answers while torch computes.
 DEFAULT_SETTINGS: Final = LinkSettings()
+# Of a listener: nobody waits for it, and a manager that imports a large library for a moment, or
+# whose terminal was paused, is not gone. One that died closes its socket, which is seen at once.
+LISTENER_SETTINGS: Final = LinkSettings(missed_heartbeats=20)

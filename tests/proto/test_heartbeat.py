@@ -23,6 +23,13 @@ def test_a_peer_is_given_up_after_three_silent_beats_in_a_row(heartbeat):
     assert [heartbeat.beat(False) for _ in range(3)] == [True, True, False]
 
 
+def test_a_beat_that_comes_late_says_nothing_about_the_peer():
+    heartbeat = Heartbeat(missed_limit=2, interval_s=0.1)
+    assert heartbeat.beat(False)
+    assert all(heartbeat.beat(False, late_s=0.11) for _ in range(5))  # it was we who slept
+    assert not heartbeat.beat(False, late_s=0.1)
+
+
 def test_nothing_is_known_of_the_peer_before_its_first_answer(heartbeat):
     heartbeat.ping(1.0)
     assert (heartbeat.rtt_s, heartbeat.clock_offset_s) == (None, None)
