@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -169,36 +169,55 @@ class Chain:
     """Workers in the order in which a step passes them; together they hold every layer once."""
 
     stages: tuple[Candidate, ...]
-    spares: tuple[Candidate, ...] = ()  # hold a section that a stage holds too; none yet
+    spares: tuple[Candidate, ...] = ()  # each holds a section that a stage holds too
+    others: tuple[Candidate, ...] = ()  # hold layers that this chain cuts elsewhere
 
 
 def check_chain(workers: Sequence[Candidate]) -> Chain:
-    """Order the workers into a chain.
+    """Order the workers into a chain; of several with one section, the first given is the stage.
+
+    Where they could make up several chains, the one whose largest section is smallest is taken.
 
     Raises:
         ModelError: they hold different models, or do not hold them alike.
-        SplitError: a section is missing, or layers are held twice; the sentence names the workers.
+        SplitError: a section is missing, or they do not fit together; says which and whose.
     """
     if not workers:
         raise SplitError("no worker was given: pass --workers HOST:PORT,HOST:PORT or --spawn N")
     for worker in workers[1:]:
         _check_same_model(workers[0], worker)
-    stages = tuple(sorted(workers, key=lambda worker: worker.section))
+    holders: dict[Section, list[Candidate]] = {}
+    for worker in workers:
+        holders.setdefault(worker.section, []).append(worker)
+    path = _find_path(holders, workers[0].facts.num_layers)
+    if path is None:
+        raise SplitError(_why_no_path([holders[section][0] for section in sorted(holders)]))
+    spares = [spare for section in path for spare in holders[section][1:]]
+    others = [worker for worker in workers if worker.section not in path]
+    return Chain(tuple(holders[section][0] for section in path), tuple(spares), tuple(others))
+
+
+def _find_path(sections: Iterable[Section], num_layers: int) -> tuple[Section, ...] | None:
+    """Sections that follow one another from the first layer to the last; None if there are none."""
+    # By the layer that a path ends before: (its largest section, the path).
+    best: dict[int, tuple[int, tuple[Section, ...]]] = {0: (0, ())}
+    for section in sorted(sections):  # what ends where this one starts has been seen
+        if section.start in best:
+            largest, path = best[section.start]
+            found = max(largest, section.num_layers), (*path, section)
+            best[section.end] = min(best.get(section.end, found), found)
+    return best[num_layers][1] if num_layers in best else None
+
+
+def _why_no_path(stages: Sequence[Candidate]) -> str:
+    """What is wrong with workers of different sections, in order, that make up no chain."""
     for first, second in pairwise(stages):
-        if second.section == first.section:
-            raise SplitError(
-                f"workers {first.address} and {second.address} both hold layers {first.section}: "
-                "pass only one of them"
-            )
         if second.section.start < first.section.end:
-            raise SplitError(
+            return (
                 f"{first} and {second} overlap: start them all with the same --sections, or with "
                 "--layers that end where the next begin"
             )
-    gaps = _find_gaps(stages)
-    if gaps:
-        raise SplitError(_say_what_is_missing(stages, gaps))
-    return Chain(stages)
+    return _say_what_is_missing(stages, _find_gaps(stages))
 
 
 def _check_same_model(first: Candidate, second: Candidate) -> None:

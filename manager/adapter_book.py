@@ -10,17 +10,17 @@ import asyncio
 import re
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Final
 
 from manager.adapter_loading import all_of, check_same, gather_all, load_everywhere
 from manager.event_loop import in_background
-from manager.links import WorkerLink
+from manager.links import Refusal, WorkerLink
 from proto.adapter_name import is_adapter_name
 from proto.errors import AdapterError, RequestRefused
-from proto.messages import MAX_ADAPTER_PATH_CHARS, AdapterFacts, UseAdapter
+from proto.messages import MAX_ADAPTER_PATH_CHARS, AdapterFacts, AddAdapter, UseAdapter
 
 TRAINED_FOLDER: Final = "lora_adapters"  # within the folder of every run
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9._+-]+")
@@ -34,6 +34,7 @@ class AdapterUse:
     number: int  # of it within the lease
     announced: asyncio.Task[str]  # to all workers; its fingerprint
     num_requests: int = 0
+    known_by: set[WorkerLink] = field(default_factory=set)
 
     @property
     def fingerprint(self) -> str:
@@ -49,6 +50,7 @@ class AdapterBook:
         self._numbers = count(1)
         self._uses: dict[str, AdapterUse] = {}
         self._names: dict[str, str] = {}  # what requests say -> what the workers call it
+        self._loaded: dict[str, str] = {}  # for this pipeline only: name -> folder
         self.fingerprints: dict[str, str] = {}  # of what was provided, by what requests say
 
     # --- before requests ---------------------------------------------------------------------
@@ -90,6 +92,7 @@ class AdapterBook:
                 return known_facts[0]
         name = f"{name_for(folder)}.{secrets.token_hex(4)}"
         loaded = (await load_everywhere(self._links, name, wire_path(folder)))[0]
+        self._loaded[name] = wire_path(folder)
         if fingerprint is not None and loaded.fingerprint != fingerprint:
             raise AdapterError(
                 f"--adapter {said}: the workers have another adapter in {folder} than this "
@@ -122,9 +125,10 @@ class AdapterBook:
             if not is_adapter_name(name):
                 raise RequestRefused(f"{name[:80]!r} is no adapter's name.")
             number = next(self._numbers)
-            announced = asyncio.ensure_future(self._announce(name, number))
+            known_by: set[WorkerLink] = set()
+            announced = asyncio.ensure_future(self._announce(name, number, known_by))
             announced.add_done_callback(_hear)
-            use = self._uses[name] = AdapterUse(name, number, announced)
+            use = self._uses[name] = AdapterUse(name, number, announced, known_by=known_by)
         use.num_requests += 1
         try:
             # Others may wait for it as well: who gives up does not take it from them.
@@ -146,16 +150,50 @@ class AdapterBook:
         for link in self._links:
             link.release_adapter(self._lease, use.number)
 
+    async def follow(self, links: Sequence[WorkerLink]) -> None:
+        """The chain has changed: let its newcomers have what requests use.
+
+        Raises:
+            Refusal: one of them cannot, or holds another adapter of that name.
+            WorkerLost: a worker does not answer.
+        """
+        self._links = links
+        for link in links:
+            await self._teach(link)
+
+    def forget(self, link: WorkerLink) -> None:
+        """This worker has given up our lease, and what it knew with it."""
+        for use in self._uses.values():
+            use.known_by.discard(link)
+
+    async def _teach(self, link: WorkerLink) -> None:
+        try:
+            held = {it.name for it in await link.adapters()} if self._loaded else set()
+            for name, folder in self._loaded.items():
+                if name not in held:
+                    await link.adapter(AddAdapter(name=name, path=folder))
+            for use in tuple(self._uses.values()):
+                is_known = use.announced.done() and not _failed(use.announced)
+                if is_known and link not in use.known_by:
+                    question = UseAdapter(lease=self._lease, number=use.number, name=use.name)
+                    facts = await link.adapter(question)
+                    if facts.fingerprint != use.fingerprint:
+                        raise Refusal(link.address, f"holds another adapter {use.name}")
+                    use.known_by.add(link)
+        except AdapterError as exc:
+            raise Refusal(link.address, f"cannot take part: {exc}") from exc
+
     def close(self) -> None:
         """The lease ends, and with it every use."""
         for use in self._uses.values():
             use.announced.cancel()
         self._uses.clear()
 
-    async def _announce(self, name: str, number: int) -> str:
-        question = UseAdapter(lease=self._lease, number=number, name=name)
-        held = all_of(await gather_all(self._links, lambda it: it.adapter(question)))
-        check_same(self._links, held)
+    async def _announce(self, name: str, number: int, known_by: set[WorkerLink]) -> str:
+        question, links = UseAdapter(lease=self._lease, number=number, name=name), self._links
+        held = all_of(await gather_all(links, lambda it: it.adapter(question)))
+        check_same(links, held)
+        known_by.update(links)
         return held[0].fingerprint
 
 
@@ -230,6 +268,10 @@ def _hear(announced: asyncio.Task[str]) -> None:
     """Where all who asked have given up, nobody else hears of an error."""
     if not announced.cancelled():
         announced.exception()
+
+
+def _failed(announced: asyncio.Task[str]) -> bool:
+    return announced.cancelled() or announced.exception() is not None
 
 
 def _fingerprint(folder: Path) -> str | None:

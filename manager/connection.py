@@ -95,7 +95,9 @@ async def open_pipeline(
     """A pipeline for the block; then leases are given back and spawned workers ended."""
     async with _workers(config, notices, adapters) as workers:
         from manager.pipeline import Pipeline
+        from manager.recovery import RecoverySettings
 
+        recovery = RecoverySettings(timeout_s=config.recovery_timeout)
         trace = _open_trace(config)
         try:
             pipeline = await Pipeline.open(
@@ -104,8 +106,10 @@ async def open_pipeline(
                 secret_file=config.secret_file,
                 max_sequences=max_sequences,
                 max_tokens_hint=max_tokens_hint,
+                recovery=recovery,
                 trace=trace,
                 on_progress=notices.show,
+                on_notice=notices.say,
             )
         except BaseException:
             if trace is not None:

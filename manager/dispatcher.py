@@ -1,7 +1,8 @@
 """Between requests and steps: feeds the scheduler with events and turns its commands into acts.
 
 Owns the live requests. Knows the step writer that sends, not the links behind it; time is the
-monotonic clock. What happens when a worker is lost is decided in `lose`, and nowhere else.
+monotonic clock. Without a chain (`suspend`) requests wait, until there is one again (`resume`) or
+until nobody waits any longer for one (`lose`); which of these is `manager.recovery`'s to say.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.requests import (
     Stopped,
     Submitted,
     TopologyLost,
+    TopologyRestored,
 )
 from engine.scheduler import Scheduler
 from manager.adapter_book import AdapterUse
@@ -81,6 +83,7 @@ class Dispatcher:
         self._active: dict[int, ActiveSequence] = {}
         self._issued: dict[int, IssuedStep] = {}
         self._refusals: dict[int, str] = {}
+        self._submitting: int | None = None
         self._lost: Error | None = None
 
     def stats(self) -> Stats:
@@ -89,8 +92,31 @@ class Dispatcher:
 
     @property
     def lost(self) -> Error | None:
-        """Why no request can run any more, once that is so."""
+        """Why no request can run now, where none waits for that to change."""
         return self._lost
+
+    @property
+    def epoch(self) -> int:
+        """Number of the chain that steps are issued for."""
+        return self._scheduler.epoch
+
+    @property
+    def oldest_step_s(self) -> float | None:
+        """When the step was issued that is on its way for longest; None: there is none."""
+        return min((issued.at_s for issued in self._issued.values()), default=None)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of the requests that are not over, prompt and all that may be generated."""
+        sizes = (
+            len(it.prompt.token_ids) + it.options.max_new_tokens for it in self._active.values()
+        )
+        return max(sizes, default=1)
+
+    @property
+    def num_active(self) -> int:
+        """Requests that are not over."""
+        return len(self._active)
 
     def submit(
         self,
@@ -128,7 +154,9 @@ class Dispatcher:
             eos=(frozenset() if options.ignore_eos else self._eos).union(options.stop_token_ids),
             prompt_salt=self._salt(len(prompt.token_ids), adapter),
         )
+        self._submitting = number
         self._apply(Submitted(request))
+        self._submitting = None
         refusal = self._refusals.pop(number, None)
         if refusal is not None:
             raise RequestRefused(refusal)
@@ -139,11 +167,12 @@ class Dispatcher:
         if sequence.number in self._active:
             self._apply(Cancelled(sequence.number))
 
-    def step_done(self, done: StepDone) -> None:
+    def step_done(self, done: StepDone, epoch: int) -> None:
         """The last worker sent what was drawn."""
-        issued = self._issued.pop(done.step, None)
-        if issued is None:
-            return  # of a topology that is no more
+        issued = self._issued.get(done.step)
+        if issued is None or epoch != self.epoch:
+            return  # of a chain that is no more
+        del self._issued[done.step]
         now_s = time.monotonic()
         if self._trace is not None:
             self._trace.step_returned(done.step, now_s, done.compute_s)
@@ -157,17 +186,21 @@ class Dispatcher:
         )
         self._apply(event, {drawn.sequence: drawn for drawn in done.drawn})
 
-    def lose(self, error: Error) -> None:
-        """A worker is gone: every request ends here, with the text that it has.
-
-        A later policy mends the chain instead, and says `TopologyRestored` to the scheduler,
-        which keeps its sequences until then.
-        """
-        if self._lost is not None:
-            return
-        self._lost = error
+    def suspend(self) -> int:
+        """The chain is no more: requests wait. The epoch that the next chain is to have."""
         self._issued.clear()
         self._apply(TopologyLost())
+        return self.epoch
+
+    def resume(self, *, num_blocks: int, num_stages: int) -> None:
+        """There is a chain of this epoch, with empty KV: everything is computed anew on it."""
+        self._lost = None
+        self._apply(TopologyRestored(num_blocks=num_blocks, num_stages=num_stages))
+
+    def lose(self, error: Error) -> None:
+        """No chain came in time: every request ends here, with the text that it has."""
+        self._lost = error
+        self.suspend()
         self._end_active("error", str(error))
 
     def end_all(self, reason: str) -> None:
@@ -201,8 +234,7 @@ class Dispatcher:
                 case Finished():
                     self._finish(command, drawn or {})
                 case Refused(sequence=number, reason=reason):
-                    self._refusals[number] = reason
-                    self._active.pop(number, None)
+                    self._refuse(number, reason)
         for number in stopped:
             if number in self._active:
                 self._apply(Stopped(number))
@@ -213,6 +245,14 @@ class Dispatcher:
         if self._trace is not None:
             self._trace.step_issued(command.step, now_s, command.num_tokens)
         self._writer.write(command, self._active)
+
+    def _refuse(self, number: int, reason: str) -> None:
+        """At once, to whoever submits it; or after a recovery, to whoever reads it."""
+        sequence = self._active.pop(number, None)
+        if number == self._submitting:
+            self._refusals[number] = reason
+        elif sequence is not None:
+            sequence.finish("error", reason, now_s=time.monotonic())
 
     def _take(self, number: int, token: int, drawn: dict[int, Drawn]) -> bool:
         sequence = self._active.get(number)

@@ -61,12 +61,31 @@ class Question:
     kind: type[Message]  # of the answer
     answered: asyncio.Future[Message]
     adapter: str | None = None  # that it is about
+    epoch: int = 0  # of a route
 
-    def fits(self, answer: Message) -> bool:
-        """Whether this is the answer to it."""
+    def fits(self, answer: Message, epoch: int) -> bool:
+        """Whether this is the answer to it; one to a route that was given up meanwhile is not."""
         if not isinstance(answer, self.kind):
             return False
+        if isinstance(answer, Routed):
+            return epoch == self.epoch
         return not isinstance(answer, AdapterDone) or answer.adapter.name == self.adapter
+
+
+class Refusal(WorkerRefused):
+    """What a worker said no with, on an open link."""
+
+    def __init__(self, worker: Address, said: str) -> None:
+        self.worker = str(worker)
+        super().__init__(f"worker {worker} {said}")
+
+
+class NextUnreachable(Refusal):
+    """A worker cannot reach the one that is to come next in the chain."""
+
+    def __init__(self, worker: Address, next_worker: str, reason: str) -> None:
+        self.next = next_worker
+        super().__init__(worker, f"cannot reach {next_worker}: {reason}")
 
 
 class WorkerLink:
@@ -76,10 +95,11 @@ class WorkerLink:
         self.address, self.facts = address, facts
         self.on_step_done: Callable[[StepDone, int], None] | None = None  # message, its epoch
         self.on_report: Callable[[StepReport], None] | None = None
-        self.on_link_lost: Callable[[LinkLost], None] | None = None
+        self.on_link_lost: Callable[[LinkLost, int], None] | None = None  # message, its epoch
         self.on_lost: Callable[[WorkerLost], None] | None = None
         self._link = link
         self._questions: deque[Question] = deque()
+        self._leasing: asyncio.Task[int] | None = None
         link.on_frame = self._on_frame
         link.on_closed = self._on_closed
 
@@ -100,21 +120,40 @@ class WorkerLink:
 
     # --- questions ---------------------------------------------------------------------------
 
+    @property
+    def blocks(self) -> int | None:
+        """KV blocks that this worker has leased to us; None: none yet, or no more."""
+        leasing = self._leasing
+        if leasing is None or not leasing.done() or leasing.cancelled() or leasing.exception():
+            return None
+        return leasing.result()
+
     async def lease(self, lease: bytes, *, min_blocks: int, want_blocks: int, trace: bool) -> int:
         """Reserve KV blocks; returns how many were granted.
+
+        Who is cancelled while he waits can come back: what was granted meanwhile is kept.
 
         Raises:
             WorkerRefused: fewer than `min_blocks` are free.
             WorkerLost: no answer came.
         """
-        question = Lease(lease=lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace)
+        if self._leasing is None or (self._leasing.done() and self.blocks is None):
+            question = Lease(
+                lease=lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace
+            )
+            self._leasing = asyncio.ensure_future(self._lease(question))
+            self._leasing.add_done_callback(_hear)
+        return await asyncio.shield(self._leasing)
+
+    async def _lease(self, question: Lease) -> int:
         return (await self._ask(question, Leased, LEASE_TIMEOUT_S)).blocks
 
     async def route(self, lease: bytes, next_worker: Address | None, *, epoch: int) -> None:
         """Tell it where this lease's steps go from there; None makes it the last.
 
         Raises:
-            WorkerRefused: it cannot reach the next worker.
+            NextUnreachable: it cannot reach the next worker.
+            WorkerRefused: it cannot stand there.
             WorkerLost: no answer came.
         """
         question = Route(lease=lease, next=None if next_worker is None else str(next_worker))
@@ -165,6 +204,7 @@ class WorkerLink:
 
     def release(self, lease: bytes) -> None:
         """Give the lease back; a worker that is gone has given it back already."""
+        self._leasing = None
         if self._link.is_open:
             self._link.send(Release(lease=lease))
 
@@ -172,6 +212,10 @@ class WorkerLink:
         """No run of the lease has this number any more; a worker that is gone needs no word."""
         if self._link.is_open:
             self._link.send(ReleaseAdapter(lease=lease, number=number))
+
+    def give_up(self, reason: str) -> None:
+        """Close it because the worker does not do its part: it counts as lost from here on."""
+        self._link.fail(WorkerLost(str(self.address), reason))
 
     async def close(self, reason: str = "done") -> None:
         """Say goodbye."""
@@ -191,9 +235,16 @@ class WorkerLink:
     ) -> Answer:
         answered: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self.send(question, epoch=epoch)
-        self._questions.append(Question(kind, answered, adapter))
+        asked = Question(kind, answered, adapter, epoch)
+        self._questions.append(asked)
         try:
             answer = await asyncio.wait_for(answered, timeout_s)
+        except asyncio.CancelledError:
+            # A route that is given up may never be answered, as the next one takes its place. What
+            # answers any other question is still to be taken for that one.
+            if kind is Routed and asked in self._questions:
+                self._questions.remove(asked)
+            raise
         except asyncio.TimeoutError:
             name = type(question).__name__
             lost = WorkerLost(str(self.address), f"no answer to {name} within {timeout_s:g} s")
@@ -210,24 +261,26 @@ class WorkerLink:
             case StepReport() as report:
                 if self.on_report is not None:
                     self.on_report(report)
-            case LinkLost() as lost if self.on_link_lost is not None and not self._routing():
-                self.on_link_lost(lost)
-            case LinkLost(next=next_worker, reason=reason):
-                self._answer_badly(
-                    WorkerRefused(f"worker {self.address} cannot reach {next_worker}: {reason}")
-                )
+            case LinkLost() as lost:
+                self._next_is_lost(lost, frame.epoch)
             case AdapterRefused(name=name, reason=reason):
                 self._refuse_adapter(name, reason)
             case Refused(reason=reason):
-                self._answer_badly(WorkerRefused(f"worker {self.address} refused: {reason}"))
+                self._answer_badly(Refusal(self.address, f"refused: {reason}"))
             case answer:
-                self._answer(answer)
+                self._answer(answer, frame.epoch)
 
-    def _routing(self) -> bool:
-        return any(question.kind is Routed for question in self._questions)
+    def _next_is_lost(self, lost: LinkLost, epoch: int) -> None:
+        """The answer to the route of this epoch, or news of the chain that it made."""
+        routes = [it for it in self._questions if it.kind is Routed]
+        asked = next((it for it in routes if it.epoch == epoch), None)
+        if asked is not None:
+            self._settle(asked, NextUnreachable(self.address, lost.next, lost.reason))
+        elif self.on_link_lost is not None:
+            self.on_link_lost(lost, epoch)
 
-    def _answer(self, answer: Message) -> None:
-        self._settle(next((it for it in self._questions if it.fits(answer)), None), answer)
+    def _answer(self, answer: Message, epoch: int) -> None:
+        self._settle(next((it for it in self._questions if it.fits(answer, epoch)), None), answer)
 
     def _answer_badly(self, error: WorkerRefused) -> None:
         """A refusal answers the oldest lease or route; a status is never refused."""
@@ -284,6 +337,12 @@ async def open_link(
     link = await connect(str(address), role=role, agent=agent(), secret=secret)
     assert link.welcome is not None
     return WorkerLink(link, address, link.welcome.worker)
+
+
+def _hear(leasing: asyncio.Task[int]) -> None:
+    """Where all who asked have given up, nobody else hears of an error."""
+    if not leasing.cancelled():
+        leasing.exception()
 
 
 def agent() -> str:

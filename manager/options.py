@@ -36,6 +36,7 @@ class ConnectionConfig:
     model: str | None = None  # None: what the workers hold
     secret_file: Path | None = None
     trace: Path | None = None
+    recovery_timeout: float = 30.0  # seconds that requests wait when a worker is lost
     server: str | None = None  # of llama-server, as `parse_server` gives it
     api_key_file: Path | None = None
 
@@ -87,6 +88,15 @@ TRACE: Final = click.option(
     metavar="FILE",
     help="Write when each step was where, for chrome://tracing or ui.perfetto.dev.",
 )
+RECOVERY_TIMEOUT: Final = click.option(
+    "--recovery-timeout",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="When a worker is lost, wait so many seconds for a spare or for it to come back. "
+    "0: fail at once.",
+)
 
 
 class WorkersOwn(click.Option):
@@ -122,19 +132,12 @@ API_KEY_FILE: Final = click.option(
 
 # The options that have a meaning with one backend only.
 OF_BACKEND: Final = {
-    PIPELINE: ("workers", "spawn", "quantize", "secret_file", "trace"),
+    PIPELINE: ("workers", "spawn", "quantize", "secret_file", "trace", "recovery_timeout"),
     LLAMA_SERVER: ("server", "api_key_file"),
 }
 OPTIONS: Final = (
-    BACKEND,
-    WORKERS,
-    SPAWN,
-    QUANTIZE,
-    MODEL,
-    SECRET_FILE,
-    TRACE,
-    SERVER,
-    API_KEY_FILE,
+    *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, TRACE, RECOVERY_TIMEOUT),
+    *(SERVER, API_KEY_FILE),
 )
 
 

@@ -6,7 +6,8 @@
         completions = await asyncio.gather(*(pipeline.generate(prompt) for prompt in prompts))
 
 Owns the links, the leases and the model's entry; who runs when is the scheduler's, behind
-`manager.dispatcher`. Every command line of the manager stands on this.
+`manager.dispatcher`, and what follows a loss is `manager.recovery`'s. Every command line of the
+manager stands on this.
 """
 
 from __future__ import annotations
@@ -16,50 +17,38 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from engine.requests import Stats
 from engine.scheduler import Scheduler
-from manager.adapter_book import AdapterBook
+from manager.adapter_book import AdapterBook, AdapterUse
+from manager.crew import Crew
 from manager.dispatcher import Dispatcher, Trace
 from manager.encoding import Encoder, Message, Prompt
 from manager.event_loop import in_background
 from manager.generation import GREEDY, Completion, GenerationOptions, Piece
 from manager.links import WorkerLink
+from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
+from manager.recovery import Recovery, RecoverySettings
 from manager.sequences import ActiveSequence
 from manager.steps import StepWriter
-from manager.text import Vocabulary
 from manager.topology import OpenChain, open_chain
-from proto.errors import (
-    Error,
-    ModelError,
-    RequestRefused,
-    UsageError,
-    WorkerLoading,
-    WorkerLost,
-)
-from proto.messages import LinkLost, Role, Status, Step, WorkerFacts
+from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
+from proto.messages import LinkLost, Status, Step, StepReport, WorkerFacts
 from proto.secret import read_secret_file
-
-if TYPE_CHECKING:
-    from engine.entry import Entry
 
 # One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
 # tokens beside it do not wait long.
 TOKEN_BUDGET: Final = 512
 
-# A worker that is loading is called again this often, and given up when it said the same for so
-# long: a board may need minutes to import torch from an SD card.
-LOADING_POLL_S: Final = 0.3
-LOADING_STALLS_S: Final = 300.0
-
 # Tokenizers take about a millisecond for so much; longer texts are left to a thread.
 INLINE_CHARS: Final = 4096
 
-OnProgress = Callable[[str], None]  # a few words on what is being done
+RECOVERY: Final = RecoverySettings()
+
 OnPrefill = Callable[[int, int], None]  # prompt tokens computed, prompt tokens
 TokensHint = int | Callable[[Encoder], int]  # tokens of a sequence, known or to be counted
 
@@ -70,13 +59,18 @@ class Pipeline:
     def __init__(
         self,
         chain: OpenChain,
-        loaded: _Loaded,
+        loaded: Loaded,
         *,
         lease: bytes,
         num_blocks: int,
+        secret: bytes | None,
+        recovery: RecoverySettings,
         trace: Trace | None,
+        on_notice: OnProgress,
     ) -> None:
-        self._chain, self._lease, self._trace = chain, lease, trace
+        self._chain, self._loaded, self._lease, self._trace = chain, loaded, lease, trace
+        self._want_blocks = num_blocks
+        self._recovery, self._on_notice = recovery, on_notice
         self._adapters = AdapterBook(chain.links, lease)
         self._encoder, entry = loaded.encoder, loaded.entry
         self._encoding = asyncio.Lock()  # one long prompt at a time leaves the loop
@@ -98,8 +92,19 @@ class Pipeline:
             trace=trace,
         )
         self._closed = False
+        self._mending: asyncio.Task[None] | None = None  # while there is no chain
+        self._settled = asyncio.Event()  # there is one, or nobody waits for it
+        self._settled.set()
+        self._crew = Crew(
+            [*chain.links, *chain.others],
+            chain.absent,
+            secret=secret,
+            on_lost=self._worker_lost,
+            on_link_lost=self._next_lost,
+        )
         for link in chain.links:
             self._listen(link)
+        self._crew.call_absent()
 
     @classmethod
     async def open(
@@ -110,19 +115,24 @@ class Pipeline:
         secret_file: str | Path | None = None,
         max_sequences: int = 16,
         max_tokens_hint: TokensHint | None = None,
+        recovery: RecoverySettings = RECOVERY,
         trace: Trace | None = None,
         on_progress: OnProgress = lambda _: None,
+        on_notice: OnProgress = lambda _: None,
     ) -> Pipeline:
         """Connect to the workers and reserve room on them.
 
         Args:
             workers: HOST:PORT of every worker, in any order; None: the neighbours of
-                127.0.0.1:7710.
+                127.0.0.1:7710. Of several that hold the same section, all but one are spares.
             model: folder or hub id, for tokenizer and embeddings; None: what the workers hold.
             max_sequences: how many requests should run at the same time.
             max_tokens_hint: how long they will be, prompt included; a function is given the
                 model's encoder to count with. More requests, or longer ones, wait or end early.
+            recovery: how long requests wait for a chain when a worker is lost.
             trace: told when each step was where.
+            on_progress: told in a few words what is being done until it is open.
+            on_notice: told of losses and recoveries.
         Raises:
             WorkerUnreachable, WorkerRefused, SplitError, ModelError, UsageError: in one sentence.
         """
@@ -130,11 +140,11 @@ class Pipeline:
             raise UsageError(f"max_sequences is {max_sequences}: at least 1 request must run.")
         secret = None if secret_file is None else read_secret_file(secret_file)
         on_progress("looking at the workers")
-        facts = await _look(workers, secret, on_progress)
+        facts = await look(workers, secret, on_progress)
         # No link is open meanwhile: importing torch can hold this process up for longer than a
         # worker waits for a sign of life.
         on_progress(f"loading the tokenizer of {facts.model}")
-        loaded = await in_background(_load, model, facts)
+        loaded = await in_background(load, model, facts)
         if callable(max_tokens_hint):
             max_tokens_hint = await in_background(max_tokens_hint, loaded.encoder)
         on_progress("connecting to the workers")
@@ -152,7 +162,16 @@ class Pipeline:
         except BaseException:
             await chain.close("the manager gave up")
             raise
-        return cls(chain, loaded, lease=lease, num_blocks=num_blocks, trace=trace)
+        return cls(
+            chain,
+            loaded,
+            lease=lease,
+            num_blocks=num_blocks,
+            secret=secret,
+            recovery=recovery,
+            trace=trace,
+            on_notice=on_notice,
+        )
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -163,7 +182,7 @@ class Pipeline:
 
     @property
     def workers(self) -> tuple[WorkerFacts, ...]:
-        """What each worker said of itself when the link opened, first section first."""
+        """What each worker of the chain says of itself, first section first."""
         return self._chain.facts
 
     @property
@@ -197,7 +216,10 @@ class Pipeline:
 
     @property
     def lost(self) -> Error | None:
-        """Why no request can run any more, once that is so: mostly a `WorkerLost`."""
+        """Why no request can run, once nobody waits for a chain any more: mostly a `WorkerLost`.
+
+        None again when there is a chain after all.
+        """
         return self._dispatcher.lost
 
     def stats(self) -> Stats:
@@ -288,7 +310,7 @@ class Pipeline:
         prompt = await self._checked(prompt)
         adapter = None
         if options.adapter is not None:
-            adapter = await self._adapters.acquire(options.adapter)
+            adapter = await self._adapter(options.adapter)
         try:
             sequence = self._dispatcher.submit(prompt, options, on_prefill, adapter)
             try:
@@ -298,6 +320,19 @@ class Pipeline:
         finally:
             if adapter is not None:
                 self._adapters.release(adapter)
+
+    async def _adapter(self, name: str) -> AdapterUse:
+        """The adapter of a request; while there is no chain it waits as the request would."""
+        while True:
+            await self._settled.wait()
+            chain = self._chain
+            try:
+                return await self._adapters.acquire(name)
+            except WorkerLost:
+                if self.lost is not None or self._closed:
+                    raise
+                if self._chain is chain and self._settled.is_set():
+                    await asyncio.sleep(0)  # the link says so itself in a moment
 
     async def _checked(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
         """A prompt's tokens, which the model knows.
@@ -344,138 +379,117 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
+        self._settled.set()
+        if self._mending is not None:
+            self._mending.cancel()
+            await asyncio.gather(self._mending, return_exceptions=True)
         self._dispatcher.end_all("the pipeline was closed")
         self._adapters.close()
         await self._writer.close()
         if self._trace is not None and self._dispatcher.lost is None:
             # An answer comes behind everything that a worker said before: the last reports.
             await asyncio.gather(*(it.status() for it in self._chain.links), return_exceptions=True)
-        self._chain.release(self._lease)
-        await self._chain.close("done")
+        for link in self._crew.links:
+            link.release(self._lease)
+        await self._crew.close("done")
         if self._trace is not None:
             self._trace.close()
 
-    # --- what the links say ------------------------------------------------------------------
+    # --- losses ------------------------------------------------------------------------------
 
-    def _listen(self, link: WorkerLink) -> None:
-        link.on_step_done = lambda done, _epoch: self._dispatcher.step_done(done)
-        link.on_link_lost = self._link_lost
-        link.on_lost = self._worker_lost
-        trace = self._trace
-        if trace is not None:
-            link.on_report = lambda report: trace.report(
-                str(link.address), report, link.clock_offset_s
-            )
+    def next_epoch(self) -> int:
+        """For `Recovery`: another try begins."""
+        return self._dispatcher.suspend()
 
-    def _send_step(self, step: Step, tables: bytes, hidden: memoryview, epoch: int) -> None:
-        try:
-            self._chain.links[0].send(step, tables, hidden, epoch=epoch)
-        except WorkerLost:
-            pass  # the link says so itself, and then every request ends
+    def blocks_needed(self) -> int:
+        """For `Recovery`: KV blocks of the largest request that is not over."""
+        return -(-self._dispatcher.longest_tokens // self._chain.facts[0].block_tokens)
 
-    def _writer_failed(self, exc: BaseException) -> None:
-        self._dispatcher.lose(ModelError(f"the prompt could not be embedded: {exc}"))
+    def give_up(self, error: WorkerLost) -> None:
+        """For `Recovery`: no chain came in time. It goes on looking for one."""
+        self._dispatcher.lose(error)
+        self._settled.set()
 
-    def _link_lost(self, lost: LinkLost) -> None:
+    def check(self, facts: WorkerFacts) -> None:
+        """For `Recovery`: raises ModelError where a worker does not hold this model."""
+        self._loaded.check(facts)
+
+    def _worker_lost(self, link: WorkerLink, lost: WorkerLost) -> None:
+        self._crew.call_absent()
+        if link in self._chain.links and self._mending is None:
+            self._chain_broke(lost, link.facts)
+
+    def _next_lost(self, _link: WorkerLink, lost: LinkLost, epoch: int) -> None:
+        if self._mending is not None or epoch != self._dispatcher.epoch:
+            return  # of a chain that is no more
         reason = lost.reason.removeprefix(f"worker {lost.next} was lost: ")
-        self._worker_lost(WorkerLost(lost.next, f"its neighbour says: {reason}"))
+        held = {str(it.address): it.facts for it in self._chain.links}
+        error = WorkerLost(lost.next, f"its neighbour says: {reason}")
+        self._chain_broke(error, held.get(lost.next))
 
-    def _worker_lost(self, lost: WorkerLost) -> None:
-        held = next(
-            (link.facts for link in self._chain.links if str(link.address) == lost.worker), None
-        )
+    def _chain_broke(self, lost: WorkerLost, held: WorkerFacts | None) -> None:
+        if self._closed:
+            return
         if held is not None:
             reason = f"{lost.reason}; it held layers {held.start_layer}:{held.end_layer}"
             if held.section is not None:
                 reason += f" (section {held.section}/{held.num_sections})"
             lost = WorkerLost(lost.worker, reason)
-        self._dispatcher.lose(lost)
+        if self._recovery.timeout_s == 0:
+            self._dispatcher.lose(lost)
+        else:
+            self._dispatcher.suspend()
+            self._settled.clear()
+            self._on_notice(f"{lost}; {self._dispatcher.num_active} requests wait")
+        self._mending = asyncio.ensure_future(self._mend(lost))
 
-
-def wanted_blocks(
-    workers: Sequence[WorkerFacts], max_sequences: int, tokens_each: int | None
-) -> tuple[int, int]:
-    """KV blocks to ask every worker for: at least, and at best.
-
-    One sequence must fit, unless it is longer than the workers could ever hold: then the request
-    itself is refused, with the numbers. Who does not know how long sequences get asks for room
-    for the longest, and leaves half of what is free to other managers.
-    """
-    block_tokens, max_context = workers[0].block_tokens, workers[0].max_context
-    most = min(facts.total_blocks for facts in workers)
-    free = min(facts.free_blocks for facts in workers)
-    each = -(-min(tokens_each or max_context, max_context) // block_tokens)
-    if tokens_each is None:
-        least = 1
-        best = min(each * max_sequences, max(free // 2, each))
-    else:
-        least = min(each, most)
-        best = each * max_sequences
-    return least, max(least, min(best, most))
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What the manager reads of a checkpoint."""
-
-    entry: Entry
-    encoder: Encoder
-    vocabulary: Vocabulary
-
-    def check(self, facts: WorkerFacts) -> None:
-        """Raises ModelError unless the workers hold the same model."""
-        entry = self.entry
-        if entry.fingerprint != facts.fingerprint:
-            raise ModelError(
-                f"--model {entry.model_name} ({entry.fingerprint[:8]}) is not the model that the "
-                f"workers hold, {facts.model} ({facts.fingerprint[:8]}): pass the same checkpoint."
-            )
-
-
-async def _look(
-    workers: str | Sequence[str] | None, secret: bytes | None, on_progress: OnProgress
-) -> WorkerFacts:
-    """What the workers hold; they are known to make up a chain, as far as that goes.
-
-    Waits for workers that are loading, as long as they get on with it.
-    """
-    chain = await _open_loaded_chain(workers, secret, on_progress)
-    await chain.close("only looked")
-    return chain.facts[0]
-
-
-async def _open_loaded_chain(
-    workers: str | Sequence[str] | None, secret: bytes | None, on_progress: OnProgress
-) -> OpenChain:
-    said, give_up_s = "", 0.0
-    while True:
+    async def _mend(self, lost: WorkerLost) -> None:
+        began_s = time.monotonic()
+        recovery = Recovery(
+            self,
+            self._crew,
+            self._adapters,
+            self._recovery,
+            lease=self._lease,
+            want_blocks=self._want_blocks,
+            trace=self._trace is not None,
+            resplit=None,
+        )
         try:
-            return await open_chain(workers, role=Role.OBSERVER, secret=secret)
-        except WorkerLoading as loading:
-            if str(loading) != said:
-                said, give_up_s = str(loading), time.monotonic() + LOADING_STALLS_S
-                on_progress(said)
-            if time.monotonic() > give_up_s:
-                raise
-            await asyncio.sleep(LOADING_POLL_S)
-
-
-def _load(model: str | None, facts: WorkerFacts) -> _Loaded:
-    """Tokenizer and embeddings, of the same checkpoint as the workers'."""
-    from engine.entry import load_entry
-
-    path = model if model is not None else facts.model_path or None
-    try:
-        entry = load_entry(path, dtype=facts.dtype)
-    except ModelError as exc:
-        if model is not None:
+            chain = await recovery.run(lost)
+        except Exception as exc:  # a fault of ours: whoever waits must hear of it
+            self.give_up(WorkerLost(lost.worker, f"{lost.reason}; recovery failed: {exc}"))
             raise
-        raise ModelError(
-            f"the workers hold {facts.model} ({facts.model_path or 'the demo model'}), and its "
-            f"tokenizer is to be read here, but: {exc}; pass --model with the same model's "
-            "folder on this machine"
-        ) from exc
-    encoder = Encoder(entry.tokenizer, entry.model_name)
-    loaded = _Loaded(entry, encoder, Vocabulary(entry.tokenizer))
-    loaded.check(facts)
-    return loaded
+        # Nothing is awaited from here on: who is lost later is lost by the new chain.
+        self._mending = None
+        self._chain = chain
+        for link in chain.links:
+            self._listen(link)
+        for link in self._crew.links:
+            if link not in chain.links:
+                link.release(self._lease)
+        num_blocks = min(link.blocks or 0 for link in chain.links)
+        self._on_notice(f"going on after {time.monotonic() - began_s:.2f} s: {self.holder}")
+        self._dispatcher.resume(num_blocks=num_blocks, num_stages=len(chain.links))
+        self._settled.set()
+
+    # --- what the links say ------------------------------------------------------------------
+
+    def _listen(self, link: WorkerLink) -> None:
+        link.on_step_done = self._dispatcher.step_done
+        if self._trace is not None:
+            link.on_report = partial(self._report, link, self._trace)
+
+    def _report(self, link: WorkerLink, trace: Trace, report: StepReport) -> None:
+        trace.report(str(link.address), report, link.clock_offset_s)
+
+    def _send_step(self, step: Step, tables: bytes, hidden: memoryview, epoch: int) -> None:
+        if epoch != self._dispatcher.epoch:
+            return  # it waited for its embeddings while its chain went
+        try:
+            self._chain.links[0].send(step, tables, hidden, epoch=epoch)
+        except WorkerLost:
+            pass  # the link says so itself, and then the requests wait
+
+    def _writer_failed(self, exc: BaseException) -> None:
+        self._dispatcher.lose(ModelError(f"the prompt could not be embedded: {exc}"))

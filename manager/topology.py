@@ -1,22 +1,24 @@
 """From addresses to an ordered chain of open links, with a lease and a route on it.
 
 A thin shell around `engine.sections.check_chain`, which decides whether the workers fit. Knows
-links and sockets; knows no request and no scheduler.
+links and sockets; knows no request and no scheduler. Who is called again after a loss stands in
+`manager.crew`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Final
 
 from engine.sections import Candidate, check_chain
 from manager.addresses import DEFAULT_FIRST, is_loopback, neighbours, parse_addresses
 from manager.links import WorkerLink, open_link
 from proto.address import Address
-from proto.errors import Error, UsageError, WorkerUnreachable
+from proto.errors import Error, UsageError, WorkerLoading, WorkerLost, WorkerUnreachable
 from proto.messages import Role, WorkerFacts
 
 # The fastest of so many round trips tells a clock to some tens of microseconds on one switch.
@@ -24,10 +26,21 @@ CLOCK_PINGS: Final = 8
 
 
 class OpenChain:
-    """Links to workers that together hold every layer once, first section first."""
+    """Links to workers that together hold every layer once, first section first.
 
-    def __init__(self, links: Sequence[WorkerLink]) -> None:
-        self.links = tuple(links)
+    Args:
+        links: of the stages, in their order.
+        others: to workers that are not needed now: spares, mostly.
+        absent: addresses that were named and where nobody answers, and why.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[WorkerLink],
+        others: Sequence[WorkerLink] = (),
+        absent: Mapping[Address, Error] = MappingProxyType({}),
+    ) -> None:
+        self.links, self.others, self.absent = tuple(links), tuple(others), dict(absent)
 
     @property
     def facts(self) -> tuple[WorkerFacts, ...]:
@@ -37,12 +50,20 @@ class OpenChain:
     async def lease(self, lease: bytes, *, min_blocks: int, want_blocks: int, trace: bool) -> int:
         """Reserve the same number of blocks on every worker; returns how many.
 
+        Those that have leased already keep what they have; one that could never lease so many as
+        are needed leases what it has.
+
         Raises:
             WorkerRefused, WorkerLost: the first that did not grant it.
         """
         granted = await asyncio.gather(
             *(
-                link.lease(lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace)
+                link.lease(
+                    lease,
+                    min_blocks=min(min_blocks, max(1, link.facts.total_blocks)),
+                    want_blocks=want_blocks,
+                    trace=trace,
+                )
                 for link in self.links
             )
         )
@@ -55,12 +76,16 @@ class OpenChain:
             WorkerRefused, WorkerLost: the first that cannot.
         """
         following = [*(link.address for link in self.links[1:]), None]
-        await asyncio.gather(
-            *(
-                link.route(lease, address, epoch=epoch)
-                for link, address in zip(self.links, following, strict=True)
-            )
-        )
+        routing = [
+            asyncio.ensure_future(link.route(lease, address, epoch=epoch))
+            for link, address in zip(self.links, following, strict=True)
+        ]
+        try:
+            await asyncio.gather(*routing)
+        finally:  # once one has failed, nobody waits for the others' answers
+            for route in routing:
+                route.cancel()
+            await asyncio.gather(*routing, return_exceptions=True)
 
     async def compare_clocks(self) -> None:
         """Learn the workers' clocks well, while nothing runs: a trace is no better than these.
@@ -77,8 +102,8 @@ class OpenChain:
             link.release(lease)
 
     async def close(self, reason: str) -> None:
-        """Say goodbye to all."""
-        await close_all(self.links, reason)
+        """Say goodbye to all, spares included."""
+        await close_all([*self.links, *self.others], reason)
 
 
 async def open_chain(
@@ -96,20 +121,65 @@ async def open_chain(
         SplitError, ModelError: they make up no chain; the sentence names the workers.
         UsageError: an address is none, or one that its predecessor cannot reach.
     """
+    absent: dict[Address, Error] = {}
     if workers is None:
         links = await call_neighbours(role, secret)
     else:
         addresses = parse_addresses([workers] if isinstance(workers, str) else workers)
-        links = await call_all(addresses, role, secret)
+        links, absent = await _call_enough(addresses, role, secret)
     try:
-        by_address = {str(link.address): link for link in links}
-        chain = check_chain([Candidate(str(link.address), link.facts) for link in links])
-        ordered = [by_address[stage.address] for stage in chain.stages]
-        await check_reachability([link.address for link in ordered])
+        chain = arrange(links, absent)
+        await check_reachability([link.address for link in chain.links])
     except BaseException:
         await close_all(links, "the workers make up no chain")
         raise
-    return OpenChain(ordered)
+    return chain
+
+
+def arrange(
+    links: Sequence[WorkerLink], absent: Mapping[Address, Error] = MappingProxyType({})
+) -> OpenChain:
+    """Put links in the order of a chain.
+
+    Raises:
+        SplitError, ModelError: they make up none; the sentence names the workers.
+    """
+    by_address = {str(link.address): link for link in links}
+    chain = check_chain([Candidate(str(link.address), link.facts) for link in links])
+    ordered = [by_address[stage.address] for stage in chain.stages]
+    return OpenChain(ordered, [link for link in links if link not in ordered], absent)
+
+
+async def _call_enough(
+    addresses: Sequence[Address], role: Role, secret: bytes | None
+) -> tuple[list[WorkerLink], dict[Address, Error]]:
+    """Open all links at once; that some are not there matters only where the rest is no chain.
+
+    Raises:
+        Error: of the first address, in their order, that failed.
+    """
+    outcomes = await _call(addresses, role, secret)
+    links = [it for it in outcomes if isinstance(it, WorkerLink)]
+    failures = {
+        address: outcome
+        for address, outcome in zip(addresses, outcomes, strict=True)
+        if isinstance(outcome, Error)
+    }
+    if failures and not _can_do_without(links, failures.values()):
+        await close_all(links, "another worker of the chain could not be reached")
+        raise next(iter(failures.values()))
+    return links, failures
+
+
+def _can_do_without(links: Sequence[WorkerLink], failures: Iterable[Error]) -> bool:
+    """Whether the rest make up a chain, and nobody has refused us."""
+    if not links or not all(isinstance(it, (WorkerLost, WorkerLoading)) for it in failures):
+        return False
+    try:
+        arrange(links)
+    except Error:
+        return False
+    return True
 
 
 async def call_all(

@@ -222,6 +222,7 @@ class Lead:
             model=self._job.model,
             secret_file=self._secret_file,
             trace=trace,
+            recovery_timeout=0.0,  # a worker comes back at another port: we look for it ourselves
         )
 
 

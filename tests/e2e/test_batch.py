@@ -266,7 +266,7 @@ def test_a_lost_worker_ends_the_batch_and_its_rows_are_kept(
     output, partial = tmp_path / "o.jsonl", tmp_path / "o.jsonl.partial"
     words = [
         *("--prompts", prompts(["fox", "the quick"] * 20), "--max-new-tokens", "40"),
-        *("--batch-size", "2", "--output", str(output)),
+        *("--batch-size", "2", "--output", str(output), "--recovery-timeout", "0"),
     ]
     with running_batch(*words, "--workers", chain.option) as process:
         wait_for_rows(partial, 2, process)

@@ -137,7 +137,8 @@ def test_an_interruption_is_heard_while_torch_is_being_imported(workers, tmp_pat
 def test_a_worker_that_dies_on_the_way_leaves_the_text_so_far(tiny, start):
     chain = start(*sections_of(tiny.folder, 2))
     running = start_manager(
-        "generate", "fox", "--workers", chain.option, "--max-new-tokens", "3000"
+        *("generate", "fox", "--workers", chain.option, "--max-new-tokens", "3000"),
+        *("--recovery-timeout", "0"),
     )
     assert running.stdout is not None
     begun = running.stdout.read(1)
@@ -151,7 +152,7 @@ def test_a_worker_that_dies_on_the_way_leaves_the_text_so_far(tiny, start):
 def test_with_json_a_lost_worker_still_prints_the_object(tiny, start):
     chain = start(*sections_of(tiny.folder, 1))
     words = ["generate", "fox", "--workers", chain.option, "--max-new-tokens", "3000", "--json"]
-    running = start_manager(*words)
+    running = start_manager(*words, "--recovery-timeout", "0")
     asyncio.run(wait_for_steps(chain.addresses, 30))
     chain.processes[0].kill()
     stdout, stderr = running.communicate(timeout=120)

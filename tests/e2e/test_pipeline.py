@@ -11,6 +11,7 @@ import torch
 
 from manager.generation import GenerationOptions
 from manager.pipeline import Pipeline
+from manager.recovery import RecoverySettings
 from proto.errors import ModelError, RequestRefused, SplitError, WorkerLost, WorkerUnreachable
 from tests.support.chains import VOCAB, sections_of
 from tests.support.models import save_tiny
@@ -212,7 +213,10 @@ async def test_another_model_here_than_on_the_workers_is_refused(workers):
 
 async def test_a_killed_worker_ends_every_request_with_its_name_and_the_text_so_far(tiny, start):
     chain = start(*sections_of(tiny.folder, 2))
-    async with await Pipeline.open(chain.addresses, max_tokens_hint=3000) as pipeline:
+    at_once = RecoverySettings(timeout_s=0)
+    async with await Pipeline.open(
+        chain.addresses, max_tokens_hint=3000, recovery=at_once
+    ) as pipeline:
         requests = [
             asyncio.create_task(pipeline.generate(prompt_of(n), greedy(2900))) for n in (3, 50)
         ]

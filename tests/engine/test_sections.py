@@ -221,10 +221,32 @@ def test_a_gap_between_hand_picked_layers_is_named_by_its_layers(num_sections: i
     assert "start `worker --layers 4:6`" in sentence
 
 
-def test_two_workers_with_the_same_section_are_both_named() -> None:
-    assert refusal(worker("0:6", port=1), worker("0:6", port=2), worker("6:12")) == (
-        "workers pi:1 and pi:2 both hold layers 0:6: pass only one of them"
-    )
+def test_of_two_workers_with_the_same_section_the_first_given_works_and_the_other_is_spare() -> (
+    None
+):
+    second, first, last = worker("0:6", port=2), worker("0:6", port=1), worker("6:12")
+    chain = check_chain([second, first, last])
+    assert chain.stages == (second, last)
+    assert chain.spares == (first,) and chain.others == ()
+
+
+def test_two_workers_with_the_same_section_do_not_hide_that_one_is_missing() -> None:
+    sentence = refusal(worker("0:6", port=1), worker("0:6", port=2))
+    assert sentence.startswith("layers 6:12 are missing from the chain (pi:1 holds 0:6 of 12")
+
+
+def test_of_several_chains_the_one_with_the_smallest_sections_is_taken() -> None:
+    whole, first, last = worker("0:12", port=1), worker("0:6", port=2), worker("6:12", port=3)
+    large, small = worker("0:9", port=4), worker("9:12", port=5)
+    chain = check_chain([whole, large, small, first, last])
+    assert chain.stages == (first, last)
+    assert chain.spares == () and chain.others == (whole, large, small)
+
+
+def test_a_worker_that_overlaps_a_whole_chain_is_left_out_of_it() -> None:
+    chain = check_chain([worker("0:7", port=1), worker("0:6", port=2), worker("6:12", port=3)])
+    assert [stage.address for stage in chain.stages] == ["pi:2", "pi:3"]
+    assert [other.address for other in chain.others] == ["pi:1"]
 
 
 def test_workers_that_overlap_are_both_named_with_their_layers() -> None:
