@@ -129,6 +129,12 @@ class Stage:
         modules: Iterator[torch.nn.Module] = self._model.modules()
         return modules
 
+    def unload(self) -> None:
+        """Free the weights; what is known of the stage stays, and nothing can be computed."""
+        with torch.inference_mode():
+            for tensor in (*self._model.parameters(), *self._model.buffers()):
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
     def new_cache(self, num_blocks: int) -> BlockCache:
         """Make empty KV blocks for one lease: `num_blocks` * `block_bytes` bytes."""
         return BlockCache(self._shapes, num_blocks, self.dtype, self.device)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,8 @@ async def open_pipeline(
         from manager.recovery import RecoverySettings
 
         recovery = RecoverySettings(timeout_s=config.recovery_timeout)
+        if config.spawn is not None:  # a worker that died is being started again
+            recovery = replace(recovery, resplit_after_s=None)
         trace = _open_trace(config)
         try:
             pipeline = await Pipeline.open(
@@ -142,7 +145,7 @@ async def _workers(
     # What the manager needs of torch loads meanwhile, in a thread.
     imported = asyncio.ensure_future(in_background(import_module, "engine.entry"))
     try:
-        async with SpawnedWorkers(spawn, lambda it: _show(notices, it)) as workers:
+        async with SpawnedWorkers(spawn, lambda it: _show(notices, it), notices.say) as workers:
             seconds = time.monotonic() - started_s
             notices.say(f"{spawn.count} workers ready after {seconds:.1f} s")
             await imported

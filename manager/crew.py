@@ -67,10 +67,15 @@ class Crew:
     async def changed(self, timeout_s: float) -> None:
         """Wait until somebody came or went since the last time, or so many seconds."""
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(timeout_s):  # `wait_for` can lose a cancellation
+                await self._changed.wait()
+        except TimeoutError:
             pass
         self._changed.clear()
+
+    def progressed(self, _percent: int) -> None:
+        """One of them gets on with what it is loading."""
+        self.progressed_s = time.monotonic()
 
     def call_absent(self) -> None:
         """Call every address where nobody is, until somebody answers."""

@@ -6,12 +6,14 @@ Knows the order of question and answer on a link; knows no chain, no scheduler a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, TypeVar
 
+from engine.sections import Section
 from proto.address import Address
 from proto.errors import AdapterError, WorkerLost, WorkerRefused
 from proto.framing import Buffer, Frame
@@ -24,6 +26,7 @@ from proto.messages import (
     AdaptersRequest,
     AddAdapter,
     DropAdapter,
+    HoldSection,
     KeepAdapter,
     Lease,
     Leased,
@@ -35,6 +38,9 @@ from proto.messages import (
     Role,
     Route,
     Routed,
+    SectionHeld,
+    SectionLoading,
+    SectionRefused,
     Status,
     StatusRequest,
     StepDone,
@@ -52,6 +58,8 @@ ROUTE_TIMEOUT_S: Final = 15.0
 STATUS_TIMEOUT_S: Final = 5.0
 # A worker reads an adapter from its disk, beside the steps that it computes.
 ADAPTER_TIMEOUT_S: Final = 300.0
+# A worker reckons before it loads other layers, and reads a large tensor without a word.
+SECTION_STALLS_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +108,7 @@ class WorkerLink:
         self._link = link
         self._questions: deque[Question] = deque()
         self._leasing: asyncio.Task[int] | None = None
+        self._on_percent: Callable[[int], None] | None = None  # while it loads other layers
         link.on_frame = self._on_frame
         link.on_closed = self._on_closed
 
@@ -188,6 +197,43 @@ class WorkerLink:
         done = await self._ask(question, AdapterDone, ADAPTER_TIMEOUT_S, adapter=name)
         return done.adapter
 
+    async def hold_section(
+        self, fingerprint: str, section: Section, on_percent: Callable[[int], None]
+    ) -> None:
+        """Have it hold these layers in the place of its own; `facts` say so then.
+
+        Its lease ends with it, whatever comes of it.
+
+        Args:
+            on_percent: told how far it is with loading.
+        Raises:
+            Refusal: no, and why: it holds what it held.
+            WorkerLost: it went away, or has not got on with it for SECTION_STALLS_S.
+        """
+        question = HoldSection(
+            fingerprint=fingerprint, start_layer=section.start, end_layer=section.end
+        )
+        self._leasing = None
+        asking = asyncio.ensure_future(self._ask(question, SectionHeld, None))
+        told = [time.monotonic()]
+
+        def hear(percent: int) -> None:
+            told[0] = time.monotonic()
+            on_percent(percent)
+
+        self._on_percent = hear
+        try:
+            while not asking.done():
+                await asyncio.wait([asking], timeout=1.0)
+                if time.monotonic() > told[0] + SECTION_STALLS_S:
+                    self.give_up(
+                        f"it has not got on with layers {section} for {SECTION_STALLS_S} s"
+                    )
+            self.facts = asking.result().worker
+        finally:
+            asking.cancel()
+            self._on_percent = None
+
     async def ping(self) -> float:
         """Measure the round trip now, in seconds."""
         return await self._link.ping()
@@ -228,7 +274,7 @@ class WorkerLink:
         self,
         question: Message,
         kind: type[Answer],
-        timeout_s: float,
+        timeout_s: float | None,
         *,
         epoch: int = 0,
         adapter: str | None = None,
@@ -238,16 +284,17 @@ class WorkerLink:
         asked = Question(kind, answered, adapter, epoch)
         self._questions.append(asked)
         try:
-            answer = await asyncio.wait_for(answered, timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` can lose a cancellation
+                answer = await answered
         except asyncio.CancelledError:
             # A route that is given up may never be answered, as the next one takes its place. What
             # answers any other question is still to be taken for that one.
             if kind is Routed and asked in self._questions:
                 self._questions.remove(asked)
             raise
-        except asyncio.TimeoutError:
+        except TimeoutError:
             name = type(question).__name__
-            lost = WorkerLost(str(self.address), f"no answer to {name} within {timeout_s:g} s")
+            lost = WorkerLost(str(self.address), f"no answer to {name} within {timeout_s or 0:g} s")
             self._link.fail(lost)  # an answer that comes late would be taken for the next one
             raise lost from None
         assert isinstance(answer, kind)
@@ -267,6 +314,12 @@ class WorkerLink:
                 self._refuse_adapter(name, reason)
             case Refused(reason=reason):
                 self._answer_badly(Refusal(self.address, f"refused: {reason}"))
+            case SectionLoading(percent=percent):
+                if self._on_percent is not None:
+                    self._on_percent(percent)
+            case SectionRefused(reason=reason):
+                asked = next((it for it in self._questions if it.kind is SectionHeld), None)
+                self._settle(asked, Refusal(self.address, f"refused: {reason}"))
             case answer:
                 self._answer(answer, frame.epoch)
 

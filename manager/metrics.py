@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from manager.generation import Completion
-from proto.errors import Error
+from proto.errors import Error, WorkerLost
 from proto.messages import Status, WorkerFacts
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 SAMPLE_EVERY_S: Final = 1.0
 PACKAGES: Final = ("comboio", "torch", "transformers", "msgspec", "uvloop")
+COUNTERS: Final = ("steps", "tokens", "compute_s", "cpu_s", "received_bytes", "sent_bytes")
 
 
 @dataclass(slots=True)
@@ -118,7 +119,7 @@ class Measurement:
     def __init__(self, server: TextServer) -> None:
         self.requests: Final = Requests()
         self._server = server
-        self._workers = [WorkerHistory() for _ in server.workers]
+        self._workers: dict[str, WorkerHistory] = {}  # by address; some may go, others come
         self._usage: dict[str, Any] = {}  # of the server, beside its workers'
         self._usages: list[Usage] = []  # the first and the last
         self._rss_bytes = 0
@@ -137,14 +138,13 @@ class Measurement:
         self._sampling = asyncio.ensure_future(self._keep_sampling())
 
     async def stop(self) -> None:
-        """The last request is over.
-
-        Raises:
-            WorkerLost: a worker does not answer any more.
-        """
+        """The last request is over."""
         self._stopped_s = time.monotonic()
         await self.close()
-        await self._sample()
+        try:
+            await self._sample()
+        except WorkerLost:
+            pass  # after its work was done: what it said before counts
         self._usage = await self._server.usage()
 
     async def close(self) -> None:
@@ -156,14 +156,13 @@ class Measurement:
     def report(self) -> dict[str, Any]:
         """The numbers, after `stop`."""
         wall_s = self._stopped_s - self._started_s
-        names = zip(self._server.addresses, self._server.workers, self._workers, strict=True)
         return {
             "wall_s": wall_s,
             **self.requests.report(wall_s),
             "model": self._server.model_name,
             "workers": [
-                {**_identity(address, facts), **history.report(wall_s)}
-                for address, facts, history in names
+                {**_identity(address, history.facts), **history.report(wall_s)}
+                for address, history in self._workers.items()
             ],
             **self._usage,
             "manager": self._manager(wall_s),
@@ -176,13 +175,15 @@ class Measurement:
             try:
                 await self._sample()
             except Error:
-                return  # a worker is gone: the requests say so
+                pass  # a worker is gone: it comes back, or the requests say so
 
     async def _sample(self) -> None:
-        for history, (_, status, rtt_s) in zip(
-            self._workers, await self._server.status(), strict=True
+        addresses = self._server.addresses
+        for address, (facts, status, rtt_s) in zip(
+            addresses, await self._server.status(), strict=True
         ):
-            history.add(status, rtt_s)
+            history = self._workers.setdefault(address, WorkerHistory())
+            history.add(facts, status, rtt_s)
         usage = Usage.now()
         self._usages[1:] = [usage]
         self._rss_bytes = max(self._rss_bytes, usage.rss_bytes)
@@ -204,9 +205,15 @@ class Measurement:
 
 
 class WorkerHistory:
-    """What one worker said of itself, from the first status to the last."""
+    """What one worker said of itself, from the first status to the last.
+
+    One that was started again counts from 0: what its predecessor had done is kept beside it.
+    """
+
+    facts: WorkerFacts
 
     def __init__(self) -> None:
+        self._before = dict.fromkeys(COUNTERS, 0.0)  # of processes that are no more
         self._first: Status | None = None
         self._last: Status | None = None
         self._rtt_s: float | None = None
@@ -214,8 +221,12 @@ class WorkerHistory:
         self._gpu_memory_bytes: int | None = None
         self._gpu_busy_sum, self._num_gpu_busy = 0.0, 0
 
-    def add(self, status: Status, rtt_s: float | None) -> None:
+    def add(self, facts: WorkerFacts, status: Status, rtt_s: float | None) -> None:
         """The next one."""
+        if self._last is not None and facts.pid != self.facts.pid:
+            self._before = {name: self._counted(name) for name in COUNTERS}
+            self._first = None
+        self.facts = facts
         self._first = self._first or status
         self._last, self._rtt_s = status, rtt_s
         self._rss_bytes = max(self._rss_bytes, status.rss_bytes)
@@ -227,24 +238,30 @@ class WorkerHistory:
 
     def report(self, wall_s: float) -> dict[str, Any]:
         """Differences, rates and extremes."""
-        first, last = self._first, self._last
-        assert first is not None and last is not None
-        compute_s = last.compute_s - first.compute_s
+        last = self._last
+        assert last is not None
+        compute_s = self._counted("compute_s")
         return {
             "rtt_s": self._rtt_s,
-            "steps": last.steps - first.steps,
-            "tokens": last.tokens - first.tokens,
+            "steps": int(self._counted("steps")),
+            "tokens": int(self._counted("tokens")),
             "compute_s": compute_s,
             "busy_share": rate(compute_s, wall_s),
-            "cpu_percent": percent(last.cpu_s - first.cpu_s, wall_s),
+            "cpu_percent": percent(self._counted("cpu_s"), wall_s),
             "rss_bytes": self._rss_bytes,
             "peak_rss_bytes": last.peak_rss_bytes,
             "checkpoint_read_bytes": last.read_bytes,
-            "received_bytes": last.received_bytes - first.received_bytes,
-            "sent_bytes": last.sent_bytes - first.sent_bytes,
+            "received_bytes": int(self._counted("received_bytes")),
+            "sent_bytes": int(self._counted("sent_bytes")),
             "gpu_memory_bytes": self._gpu_memory_bytes,
             "gpu_busy": self._gpu_busy_sum / self._num_gpu_busy if self._num_gpu_busy else None,
         }
+
+    def _counted(self, name: str) -> float:
+        """How much a counter has grown, over all processes."""
+        assert self._first is not None and self._last is not None
+        grown: float = getattr(self._last, name) - getattr(self._first, name)
+        return self._before[name] + grown
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -58,6 +58,7 @@ class Loaded:
     entry: Entry
     encoder: Encoder
     vocabulary: Vocabulary
+    path: str | None  # where it was read here; None: the demo model
 
     def check(self, facts: WorkerFacts) -> None:
         """Raises ModelError unless the workers hold the same model."""
@@ -113,6 +114,6 @@ def load(model: str | None, facts: WorkerFacts) -> Loaded:
             "folder on this machine"
         ) from exc
     encoder = Encoder(entry.tokenizer, entry.model_name)
-    loaded = Loaded(entry, encoder, Vocabulary(entry.tokenizer))
+    loaded = Loaded(entry, encoder, Vocabulary(entry.tokenizer), path)
     loaded.check(facts)
     return loaded

@@ -33,6 +33,7 @@ from manager.generation import GREEDY, Completion, GenerationOptions, Piece
 from manager.links import WorkerLink
 from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
 from manager.recovery import Recovery, RecoverySettings
+from manager.resplit import Resplit
 from manager.sequences import ActiveSequence
 from manager.steps import StepWriter
 from manager.topology import OpenChain, open_chain
@@ -43,6 +44,11 @@ from proto.secret import read_secret_file
 # One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
 # tokens beside it do not wait long.
 TOKEN_BUDGET: Final = 512
+
+# A board may need seconds for a token and a minute for a chunk of a prompt; ten of them mean that
+# the step never ends.
+STEP_DEADLINE_S: Final = 600.0
+WATCH_EVERY_S: Final = 5.0
 
 # Tokenizers take about a millisecond for so much; longer texts are left to a thread.
 INLINE_CHARS: Final = 4096
@@ -102,9 +108,17 @@ class Pipeline:
             on_lost=self._worker_lost,
             on_link_lost=self._next_lost,
         )
+        self._resplit = Resplit(
+            self._crew,
+            self._adapters,
+            model=loaded.path,
+            fingerprint=entry.fingerprint,
+            on_notice=on_notice,
+        )
         for link in chain.links:
             self._listen(link)
         self._crew.call_absent()
+        self._watching = asyncio.ensure_future(self._watch_steps())
 
     @classmethod
     async def open(
@@ -380,9 +394,10 @@ class Pipeline:
             return
         self._closed = True
         self._settled.set()
-        if self._mending is not None:
-            self._mending.cancel()
-            await asyncio.gather(self._mending, return_exceptions=True)
+        tasks = [self._watching, *([] if self._mending is None else [self._mending])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._dispatcher.end_all("the pipeline was closed")
         self._adapters.close()
         await self._writer.close()
@@ -453,7 +468,7 @@ class Pipeline:
             lease=self._lease,
             want_blocks=self._want_blocks,
             trace=self._trace is not None,
-            resplit=None,
+            resplit=self._resplit,
         )
         try:
             chain = await recovery.run(lost)
@@ -472,6 +487,19 @@ class Pipeline:
         self._on_notice(f"going on after {time.monotonic() - began_s:.2f} s: {self.holder}")
         self._dispatcher.resume(num_blocks=num_blocks, num_stages=len(chain.links))
         self._settled.set()
+
+    async def _watch_steps(self) -> None:
+        """Give a worker up whose torch has been at one step for too long: it hangs."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            oldest_s = self._dispatcher.oldest_step_s
+            if oldest_s is None or time.monotonic() < oldest_s + STEP_DEADLINE_S:
+                continue
+            links = self._chain.links
+            found = await asyncio.gather(*(it.status() for it in links), return_exceptions=True)
+            for link, status in zip(links, found, strict=True):
+                if isinstance(status, Status) and status.working_s > STEP_DEADLINE_S:
+                    link.give_up(f"it has been computing one step for {status.working_s:.0f} s")
 
     # --- what the links say ------------------------------------------------------------------
 

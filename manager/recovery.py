@@ -83,7 +83,7 @@ class Recovery:
         self._began_s = time.monotonic()
         self._avoided: dict[WorkerLink, float] = {}  # until when
         self._reasons: dict[str, str] = {}  # why a way is not open, by who said so
-        self._has_given_up = False
+        self._has_given_up = settings.timeout_s == 0  # then nobody waited from the beginning
 
     async def run(self, lost: WorkerLost) -> OpenChain:
         """A chain with leases and routes; waits for it as long as it takes.
@@ -96,8 +96,7 @@ class Recovery:
             if chain is not None and await self._try(chain):
                 return chain
             if chain is None and self._is_resplit_due():
-                assert self._resplit is not None
-                await self._resplit.run(self._lease)
+                await self._have_layers_taken_over(lost)
             self._look_at_the_time(lost)
             await self._crew.changed(TICK_S)
 
@@ -170,6 +169,18 @@ class Recovery:
         for link in chain.links:
             if str(link.address) == address:
                 self._avoided[link] = time.monotonic() + AVOID_S
+
+    async def _have_layers_taken_over(self, lost: WorkerLost) -> None:
+        """Let it take its time, as long as they get on with it."""
+        assert self._resplit is not None
+        taking_over = asyncio.ensure_future(self._resplit.run())
+        try:
+            while not taking_over.done():
+                await asyncio.wait([taking_over], timeout=TICK_S)
+                self._look_at_the_time(lost)
+            taking_over.result()
+        finally:
+            taking_over.cancel()
 
     # --- time --------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Start workers on this machine for one call, and always end them.
 
-Each is a process of its own, on a free loopback port, with its share of the cores. Only the
-processes started here are ever signalled. Knows the worker's command line, nothing of its code.
+Each is a process of its own, on a free loopback port, with its share of the cores. One that dies is
+started again at the same port, so that whoever lost it finds it there. Only the processes started
+here are ever signalled. Knows the worker's command line, nothing of its code.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,10 @@ from proto.errors import Error, UsageError
 MAX_SPAWNED: Final = 64
 # Settings of workers that say where things are on this machine, whoever starts them.
 OF_THE_MACHINE: Final = {"COMBOIO_CACHE_DIR", "COMBOIO_CACHE_SIZE", "COMBOIO_NO_CACHE"}
+
+# A worker that dies so often, each time sooner than that after it was ready, will die again.
+MAX_EARLY_DEATHS: Final = 3
+EARLY_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +67,20 @@ class SpawnedWorkers:
     """`count` workers over one model; an async context manager that ends them."""
 
     def __init__(
-        self, config: SpawnConfig, on_progress: Callable[[SpawnProgress], None] | None = None
+        self,
+        config: SpawnConfig,
+        on_progress: Callable[[SpawnProgress], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
+        """Start them when the block begins.
+
+        Args:
+            on_progress: told how far they are.
+            on_notice: told of each that died and is started again.
+        """
         self._config = config
+        self._on_notice = on_notice or (lambda _: None)
+        self._watching: list[asyncio.Task[None]] = []
         self._on_progress = on_progress or (lambda _: None)
         self._workers: list[WorkerProcess] = []
         self._num_ready = 0
@@ -96,6 +113,9 @@ class SpawnedWorkers:
         except BaseException:
             await self._end()
             raise
+        self._watching = [
+            asyncio.ensure_future(self._watch(index)) for index in range(self._config.count)
+        ]
         return self
 
     async def __aexit__(
@@ -106,10 +126,29 @@ class SpawnedWorkers:
     ) -> None:
         await self._end()
 
-    async def _start(self, index: int) -> WorkerProcess:
+    async def _watch(self, index: int) -> None:
+        """Start a worker again whenever it dies, unless it does so all the time."""
+        early_deaths = 0
+        while early_deaths < MAX_EARLY_DEATHS:
+            worker, began_s = self._workers[index], time.monotonic()
+            died = await worker.ended()
+            assert worker.address is not None, "it was ready"
+            self._on_notice(f"{str(died).rstrip('.')}; it is started again")
+            early_deaths = early_deaths + 1 if time.monotonic() < began_s + EARLY_S else 0
+            while early_deaths < MAX_EARLY_DEATHS:
+                again = self._workers[index] = await self._start(index, worker.address.port)
+                try:
+                    await again.ready()
+                    break
+                except Error as exc:
+                    self._on_notice(f"spawned worker {index} could not be started again: {exc}")
+                    early_deaths += 1
+        self._on_notice(f"spawned worker {index} died too often and is not started again")
+
+    async def _start(self, index: int, port: int = 0) -> WorkerProcess:
         return await WorkerProcess.start(
             f"spawned worker {index}",
-            words_of(self._config, index),
+            words_of(self._config, index, port),
             environment(os.environ, settings_file=str(self._no_settings)),
             on_loading=lambda loading, percent: self._report(index, loading, percent),
         )
@@ -136,13 +175,16 @@ class SpawnedWorkers:
     async def _end(self) -> None:
         if self._no_settings is not None:
             self._no_settings.unlink(missing_ok=True)
+        for watching in self._watching:
+            watching.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         await end_all(self._workers)
 
 
-def words_of(config: SpawnConfig, index: int) -> list[str]:
-    """The options of worker `index`."""
+def words_of(config: SpawnConfig, index: int, port: int = 0) -> list[str]:
+    """The options of worker `index`; port 0 picks a free one."""
     words = ["--sections", str(config.count), "--index", str(index)]
-    words += ["--listen", "127.0.0.1:0", "--log-format", "json", "--dtype", config.dtype]
+    words += ["--listen", f"127.0.0.1:{port}", "--log-format", "json", "--dtype", config.dtype]
     words += ["--threads", str(config.threads or cores_each(config.count))]
     if config.model is not None:
         words += ["--model", config.model]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ TITLES = (
     "ADDRESS",
     "HOST",
     "SECTION",
+    "STATE",
     "LAYERS",
     "MODEL",
     "DTYPE",
@@ -43,6 +44,8 @@ TITLES = (
     "LEASES",
     "ADAPTERS",
 )
+# What a worker is to the others that were named with it.
+STAGE, SPARE, OTHER, ALONE = "stage", "spare", "not used", "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class WorkerView:
     status: Status
     rtt_s: float
     adapters: tuple[AdapterFacts, ...]  # that everybody may use
+    state: str = ALONE  # in a chain of all that were named
 
     def cells(self) -> tuple[str, ...]:
         """A row of the table."""
@@ -63,6 +67,7 @@ class WorkerView:
             self.address,
             facts.host,
             section,
+            self.state,
             f"{facts.start_layer}:{facts.end_layer} of {facts.num_layers}",
             facts.model,
             facts.dtype if facts.quantize == "none" else f"{facts.dtype} {facts.quantize}",
@@ -80,6 +85,7 @@ class WorkerView:
         """Everything it said."""
         return {
             "address": self.address,
+            "state": self.state,
             "rtt_s": self.rtt_s,
             "facts": msgspec.structs.asdict(self.facts),
             "status": msgspec.structs.asdict(self.status),
@@ -117,7 +123,7 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
         links, failures = await call_each(parse_addresses([workers]), Role.OBSERVER, secret)
     try:
         links = sorted(links, key=lambda it: (it.facts.start_layer, it.address))
-        views = [it for it in await look_at(links) if isinstance(it, WorkerView)]
+        views = with_states(await look_at(links))
     finally:
         await close_all(links, "done")
     if as_json:
@@ -132,6 +138,17 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
 async def look_at(links: Sequence[WorkerLink]) -> list[WorkerView]:
     """Ask all at once."""
     return await asyncio.gather(*map(_look, links))
+
+
+def with_states(views: Sequence[WorkerView]) -> list[WorkerView]:
+    """The same, each with what it would be to a manager: a stage, or one that waits."""
+    try:
+        chain = check_chain([Candidate(view.address, view.facts) for view in views])
+    except Error:
+        return list(views)
+    states = {it.address: STAGE for it in chain.stages}
+    states |= {it.address: SPARE for it in chain.spares}
+    return [replace(view, state=states.get(view.address, OTHER)) for view in views]
 
 
 def remark_on_chain(views: Sequence[WorkerView]) -> None:

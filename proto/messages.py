@@ -381,6 +381,39 @@ class AdapterRefused(Message, frozen=True, kw_only=True):
     reason: Reason
 
 
+# --- holding other layers --------------------------------------------------------------------
+
+
+class HoldSection(Message, frozen=True, kw_only=True):
+    """Manager to worker: a worker was lost; hold these layers in the place of those you hold."""
+
+    TAG = 80
+    fingerprint: Name  # of the model that is meant
+    start_layer: Count
+    end_layer: Count  # not included
+
+
+class SectionLoading(Message, frozen=True, kw_only=True):
+    """Worker to manager: so far is it, whenever that has changed."""
+
+    TAG = 81
+    percent: Annotated[int, Meta(ge=0, le=100)]
+
+
+class SectionHeld(Message, frozen=True, kw_only=True):
+    """Worker to manager: done, and so do I stand now; leases of before are gone."""
+
+    TAG = 82
+    worker: WorkerFacts
+
+
+class SectionRefused(Message, frozen=True, kw_only=True):
+    """Worker to manager: no, and why, in one sentence; what it held it holds still."""
+
+    TAG = 83
+    reason: Reason
+
+
 # --- looking after a link --------------------------------------------------------------------
 
 
@@ -427,6 +460,8 @@ class Status(Message, frozen=True, kw_only=True):
     gpu_busy: Annotated[float, Meta(ge=0, le=1)] | None = None
     adapters: Count = 0  # held, those that wait for their last lease included
     adapter_bytes: Bytes = 0  # of memory
+    room_bytes: Bytes = 0  # of weights, that it could hold in the place of those it holds
+    working_s: Seconds = 0.0  # for so long torch has been at the step that it computes now
 
 
 MESSAGES: Final[dict[int, type[Message]]] = {
@@ -457,6 +492,10 @@ MESSAGES: Final[dict[int, type[Message]]] = {
         ReleaseAdapter,
         AdapterDone,
         AdapterRefused,
+        HoldSection,
+        SectionLoading,
+        SectionHeld,
+        SectionRefused,
         Ping,
         Pong,
         StatusRequest,

@@ -38,6 +38,7 @@ from proto.messages import (
     DropAdapter,
     Goodbye,
     Hello,
+    HoldSection,
     KeepAdapter,
     Lease,
     Leased,
@@ -53,6 +54,9 @@ from proto.messages import (
     Role,
     Route,
     Routed,
+    SectionHeld,
+    SectionLoading,
+    SectionRefused,
     Status,
     StatusRequest,
     Step,
@@ -110,12 +114,14 @@ CONVERSATION: Final[dict[tuple[Role, Side], frozenset[type[Message]]]] = {
         {
             *(Lease, Route, Release, Step, StatusRequest, Ping, Pong),
             *(AdaptersRequest, AddAdapter, KeepAdapter, DropAdapter, UseAdapter, ReleaseAdapter),
+            HoldSection,
         }
     ),
     (Role.MANAGER, LISTENER): frozenset(
         {
             *(Leased, Refused, Routed, LinkLost, StepDone, StepReport, Status, Ping, Pong),
             *(Adapters, AdapterDone, AdapterRefused),
+            *(SectionLoading, SectionHeld, SectionRefused),
         }
     ),
     (Role.NEIGHBOUR, OPENER): frozenset({Step, Ping, Pong}),

@@ -45,6 +45,7 @@ PURE_FILES = (
     "engine/batching.py",
     "engine/pacing.py",
     "engine/roster.py",
+    "engine/takeover.py",
 )
 IMPURE = {"asyncio", "socket", "subprocess", "os", "time", "random", "torch", "click"}
 # A session over asyncio, in three files; everything else in proto is free of I/O.

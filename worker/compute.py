@@ -1,8 +1,8 @@
 """Torch's thread: one piece of work at a time, in order of arrival, away from the event loop.
 
 Work has two halves: `compute` runs on the thread, `finish` on the loop afterwards. Nothing else
-crosses between the two, so neither side takes a lock. Knows nothing of steps or models, and serves
-as well for other work that must not hold up the loop.
+crosses between the two but the time at which it began, so neither side takes a lock. Knows nothing
+of steps or models, and serves as well for other work that must not hold up the loop.
 
 The queue is bounded: `submit` says no when it is full, and the caller tells whoever asked. The
 thread is a daemon: a step that hangs in torch must not keep the process from leaving.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final, Generic, Protocol, TypeVar
@@ -40,10 +41,17 @@ class Compute:
         self._loop = loop
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._num_unfinished = 0
+        self._began_s: float | None = None  # with what the thread is at; None: with nothing
         self._stopping = False
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def working_s(self) -> float:
+        """How long the thread has been at what it does now; 0 when it rests."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def submit(self, work: Work) -> bool:
         """Queue some work; False if the queue is full or the thread is to stop."""
@@ -73,7 +81,9 @@ class Compute:
     def _run(self) -> None:
         queue, hand_back = self._queue, self._loop.call_soon_threadsafe
         while (work := queue.get()) is not None and not self._stopping:
+            self._began_s = time.monotonic()
             work.compute()
+            self._began_s = None
             hand_back(self._finish, work)
             del work  # or its tensors and its lease would live until the next one comes
         hand_back(self._ended.set)

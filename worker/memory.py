@@ -21,6 +21,10 @@ from proto.free_memory import free_cpu_bytes
 CPU_SHARE: Final = 0.4
 CPU_LIMIT_BYTES: Final = 8 * 2**30
 GPU_SHARE: Final = 0.7
+# Of what a worker could have, KV and activations get at least so much when it takes other layers.
+LEAST_KV_SHARE: Final = 0.1
+# A worker without a model: Python, torch for the CPU and transformers, as its RSS shows.
+PROCESS_BYTES: Final = 400 * 10**6
 MAX_BLOCKS: Final = 2**31 - 1  # block tables are int32
 
 
@@ -61,6 +65,25 @@ def default_kv_bytes(device_name: str) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(_torch_device(device_name))
         return int(free_bytes * GPU_SHARE)
     return min(int(free_cpu_bytes() * CPU_SHARE), CPU_LIMIT_BYTES)
+
+
+def room_for_weights(device_name: str, kv_memory_bytes: int | None) -> int:
+    """Bytes of weights that this worker could hold, were those it holds and its KV gone.
+
+    Args:
+        kv_memory_bytes: what KV was given at the start; None: it takes what is left.
+    """
+    if device_name.startswith("cuda"):
+        import torch
+
+        device = _torch_device(device_name)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        own_bytes = int(torch.cuda.memory_reserved(device))
+    else:
+        free_bytes = free_cpu_bytes()
+        own_bytes = max(0, psutil.Process().memory_info().rss - PROCESS_BYTES)
+    room = int((free_bytes + own_bytes) * (1 - LEAST_KV_SHARE))
+    return room if kv_memory_bytes is None else max(0, free_bytes + own_bytes - kv_memory_bytes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,8 @@ from worker.config import WorkerConfig, is_loopback
 from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
 from worker.memory import count_kv_blocks, is_out_of_memory
+from worker.resection import NOT_OVER_LINKS as NOT_OTHER_LAYERS
+from worker.resection import Held, Resections
 
 if TYPE_CHECKING:
     from engine.stage import Stage
@@ -147,25 +150,50 @@ class Server:
     async def _serve(self, stage: Stage) -> None:
         from worker.service import Service  # pulls in torch, which is here by now
 
+        held = await self._equip(stage, self._config)
+        self._service = Service(
+            held,
+            self._compute,
+            self._connect_next,
+            name_for_people(held.facts),
+            Resections(
+                self._config,
+                self._compute,
+                self._load_other,
+                why_closed=why_closed(self._config, NOT_OTHER_LAYERS),
+            ),
+            self._nothing_held,
+        )
+        print(ready_line(held.facts), flush=True)
+        await self._stopped
+
+    async def _equip(self, stage: Stage, config: WorkerConfig) -> Held:
+        """Adapters and KV blocks, and what Welcome says of all that."""
         say_how_weights_are_held(stage)
-        loaded = await self._compute.call(partial(load_adapters, self._config.adapters, stage))
+        loaded = await self._compute.call(partial(load_adapters, config.adapters, stage))
         total_blocks = await self._compute.call(
             partial(
                 count_kv_blocks,
-                self._config.kv_memory_bytes,
+                config.kv_memory_bytes,
                 stage.block_bytes,
                 stage.device_name,
                 self._config.workers_here,
             )
         )
-        facts = make_facts(self._config, stage, self._listen, total_blocks)
-        name = name_for_people(facts)
-        adapters = Adapters(stage, self._compute, why_closed=why_adapters_are_closed(self._config))
+        facts = make_facts(config, stage, self._listen, total_blocks)
+        adapters = Adapters(stage, self._compute, why_closed=why_closed(config, NOT_OVER_LINKS))
         for adapter in loaded:
             adapters.share(adapter)
-        self._service = Service(stage, facts, self._compute, self._connect_next, name, adapters)
-        print(ready_line(facts), flush=True)
-        await self._stopped
+        return Held(stage, facts, adapters)
+
+    async def _load_other(self, layers: tuple[int, int], loading: Loading) -> Held:
+        config = replace(self._config, sections=None, index=None, layers=layers)
+        stage = await self._compute.call(partial(self._load, config, loading))
+        return await self._equip(stage, config)
+
+    def _nothing_held(self, error: Error) -> None:
+        if not self._stopped.done():
+            self._stopped.set_exception(error)
 
     # --- end ---------------------------------------------------------------------------------
 
@@ -182,7 +210,10 @@ class Server:
 
     async def _leave(self, listener: Listener) -> bool:
         """Finish the step at hand, say goodbye, close; True if torch's thread is idle."""
-        reason = self._stopped.result() if self._stopped.done() else "worker could not start"
+        reason = "worker could not start"
+        if self._stopped.done():
+            error = self._stopped.exception()
+            reason = self._stopped.result() if error is None else str(error)
         is_idle = True
         if self._service is not None:
             is_idle = await self._service.stop(ABORT_LOADING_S)
@@ -199,6 +230,8 @@ class Server:
     def _welcome(self, hello: Hello) -> Welcome:
         if self._service is None:
             raise WorkerLoading(self._listen, self._loading.percent)
+        if self._service.loading is not None:
+            raise WorkerLoading(self._listen, self._service.loading.percent)
         if hello.role is Role.NEIGHBOUR:
             self._service.check_neighbour(hello.lease)
         return Welcome(version=PROTOCOL_VERSION, agent=_agent(), worker=self._service.facts)
@@ -330,11 +363,9 @@ def say_how_weights_are_held(stage: Stage) -> None:
         )
 
 
-def why_adapters_are_closed(config: WorkerConfig) -> str | None:
-    """Why nobody may change the adapters over a link: they have not shown that they may."""
-    if config.secret or is_loopback(config.listen.host):
-        return None
-    return NOT_OVER_LINKS
+def why_closed(config: WorkerConfig, reason: str) -> str | None:
+    """The reason, where nobody may change what is held over a link: who asks has shown nothing."""
+    return None if config.secret or is_loopback(config.listen.host) else reason
 
 
 def _path_for_others(model: str | None) -> str:

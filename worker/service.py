@@ -8,14 +8,15 @@ stage or end the process, which is `worker.server`'s.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from msgspec.structs import replace
 
-from proto.errors import RemoteProtocolError, WorkerRefused
+from proto.errors import Error, RemoteProtocolError, WorkerRefused
 from proto.framing import Frame
 from proto.link import Link
 from proto.messages import (
@@ -24,6 +25,7 @@ from proto.messages import (
     AdaptersRequest,
     AddAdapter,
     DropAdapter,
+    HoldSection,
     KeepAdapter,
     Lease,
     Leased,
@@ -34,26 +36,29 @@ from proto.messages import (
     Role,
     Route,
     Routed,
+    SectionHeld,
+    SectionLoading,
+    SectionRefused,
     StatusRequest,
     Step,
     UseAdapter,
     WorkerFacts,
 )
-from worker.adapters import Adapters as HeldAdapters
 from worker.allocation import Allocation
 from worker.answers import answer
 from worker.chain import NextLink
 from worker.compute import Compute
 from worker.leases import Leases, OpenLease
+from worker.loading import Loading
 from worker.logs import fields
+from worker.resection import Held, Resections, StillHeld
 from worker.status import Counters, make_status
 from worker.steps import StepComputer
 from worker.traffic import Traffic
 
-if TYPE_CHECKING:
-    from engine.stage import Stage
-
 log = logging.getLogger("comboio.worker")
+
+TELL_EVERY_S: Final = 0.5  # how far the loading of other layers is
 
 ConnectNext = Callable[[str, bytes], Awaitable[Link]]  # address of the next worker, lease id
 
@@ -63,29 +68,29 @@ class Service:
 
     def __init__(
         self,
-        stage: Stage,
-        facts: WorkerFacts,
+        held: Held,
         compute: Compute,
         connect_next: ConnectNext,
         name: str,
-        adapters: HeldAdapters,
+        resections: Resections,
+        on_nothing_held: Callable[[Error], None],
     ) -> None:
         """Begin to serve.
 
         Args:
-            facts: what Welcome says; all blocks are free.
             connect_next: opens a link to the next worker of a chain.
             name: HOST:PORT, for sentences and faults.
-            adapters: those that are loaded, and the place for more.
+            resections: the way to hold other layers.
+            on_nothing_held: told when that has failed and the old ones are gone.
         """
-        self._stage, self._facts, self._name = stage, facts, name
+        self._name = name
         self._compute = compute
         self._connect_next = connect_next
-        self._adapters = adapters
-        self._leases = Leases(facts.total_blocks, stage.block_tokens)
+        self._resections, self._on_nothing_held = resections, on_nothing_held
+        self._resection: asyncio.Task[None] | None = None
         self._counters = Counters()
-        self._traffic = Traffic(facts, name, compute, self._counters)
         self._links: set[Link] = set()
+        self._hold(held)
         self._from_manager: Final = {
             Lease: self._lease,
             Route: self._route,
@@ -98,11 +103,17 @@ class Service:
             DropAdapter: self._drop_adapter,
             UseAdapter: self._use_adapter,
             ReleaseAdapter: self._release_adapter,
+            HoldSection: self._hold_section,
         }
         self._from_observer: Final = {
             StatusRequest: self._status,
             AdaptersRequest: self._list_adapters,
         }
+
+    @property
+    def loading(self) -> Loading | None:
+        """How far it is with loading other layers; None: it holds what its facts say."""
+        return self._resections.loading
 
     @property
     def facts(self) -> WorkerFacts:
@@ -143,6 +154,8 @@ class Service:
             False if a file of an adapter is still being read at the deadline.
         """
         self._traffic.stop()
+        if self._resections.loading is not None:
+            self._resections.loading.is_aborted = True
         return await self._adapters.stop(deadline_s)
 
     def leave_chains(self, reason: str) -> None:
@@ -162,6 +175,13 @@ class Service:
     def _lease(self, link: Link, frame: Frame) -> None:
         asked = frame.message
         assert isinstance(asked, Lease)
+        if self.loading is not None:
+            reason = f"worker {self._name} is loading other layers ({self.loading.percent} %)"
+            answer(link, Refused(reason=reason))
+            return
+        before = self._leases.get(asked.lease)
+        if before is not None:  # who knows its number is the manager that has it
+            self._close_lease(before, "its manager came on another link")
         try:
             lease = self._leases.grant(
                 asked.lease,
@@ -346,6 +366,70 @@ class Service:
         if lease is not None and lease.manager is link:  # closed meanwhile: released as well
             self._adapters.release(lease, [asked.number])
 
+    # --- other layers ------------------------------------------------------------------------
+
+    def _hold(self, held: Held) -> None:
+        """Serve with this stage from here on; nobody has a lease."""
+        self._held = held
+        self._stage, self._facts, self._adapters = held.stage, held.facts, held.adapters
+        self._leases = Leases(held.facts.total_blocks, held.stage.block_tokens)
+        self._traffic = Traffic(held.facts, self._name, self._compute, self._counters)
+
+    def _hold_section(self, link: Link, frame: Frame) -> None:
+        asked = frame.message
+        assert isinstance(asked, HoldSection)
+        refusal = self._resections.objection_to(asked, self._held)
+        others = sum(lease.manager is not link for lease in self._leases)
+        if refusal is None and others:
+            refusal = (
+                f"it serves {others} leases of other managers with layers "
+                f"{self._facts.start_layer}:{self._facts.end_layer}"
+            )
+        if refusal is not None:
+            self._refuse_section(link, refusal)
+            return
+        for lease in self._leases.of_manager(link):
+            self._close_lease(lease, "its manager wants other layers held")
+        change = self._resections.change(asked, self._held)
+        self._resection = asyncio.get_running_loop().create_task(self._change_to(link, change))
+        self._tell_loading(link, -1)
+
+    async def _change_to(self, link: Link, change: Coroutine[Any, Any, Held]) -> None:
+        try:
+            await self._adapters.stop(0)  # what a link was loading for itself belongs to the old
+            held = await change
+        except StillHeld as exc:
+            self._hold(exc.held)
+            self._refuse_section(link, str(exc))
+        except Error as exc:
+            self._refuse_section(link, str(exc))
+            self._on_nothing_held(exc)
+        else:
+            self._hold(held)
+            log.info(
+                "layers held",
+                extra=fields(
+                    layers=f"{held.facts.start_layer}:{held.facts.end_layer}",
+                    bytes=held.facts.stage_bytes,
+                    blocks=held.facts.total_blocks,
+                ),
+            )
+            answer(link, SectionHeld(worker=self.facts))
+
+    def _tell_loading(self, link: Link, told: int) -> None:
+        """How far it is, as long as it loads."""
+        loading = self.loading
+        if self._resection is None or self._resection.done() or not link.is_open:
+            return
+        percent = told if loading is None else loading.percent
+        if percent > told:
+            answer(link, SectionLoading(percent=percent))
+        asyncio.get_running_loop().call_later(TELL_EVERY_S, self._tell_loading, link, percent)
+
+    def _refuse_section(self, link: Link, reason: str) -> None:
+        log.info("other layers refused", extra=fields(peer=link.peer, reason=reason))
+        answer(link, SectionRefused(reason=reason[:MAX_REASON_CHARS]))
+
     # --- the rest ----------------------------------------------------------------------------
 
     def _status(self, link: Link, _frame: Frame) -> None:
@@ -361,6 +445,8 @@ class Service:
             device_name=self._stage.device_name,
             num_adapters=self._adapters.count,
             adapter_bytes=self._adapters.num_bytes,
+            room_bytes=self._resections.room_bytes(self._stage),
+            working_s=self._compute.working_s,
         )
         answer(link, status)
 

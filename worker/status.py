@@ -50,6 +50,8 @@ def make_status(
     device_name: str,
     num_adapters: int,
     adapter_bytes: int,
+    room_bytes: int,
+    working_s: float,
 ) -> Status:
     """The counters beside what the operating system says of this process now."""
     process = psutil.Process()
@@ -74,4 +76,6 @@ def make_status(
         gpu_busy=None if gpu is None else gpu.busy,
         adapters=num_adapters,
         adapter_bytes=adapter_bytes,
+        room_bytes=room_bytes,
+        working_s=working_s,
     )

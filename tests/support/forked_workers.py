@@ -57,6 +57,8 @@ class Nursery:
         if "--listen" not in words:
             words = (*words, "--listen", "127.0.0.1:0")
         output = Path(self._folder.name) / f"worker-{len(self._workers)}"
+        output.with_suffix(".out").touch()
+        output.with_suffix(".err").touch()
         pid = int(self.ask({"start": words, "output": str(output)}))
         worker = ForkedWorker(self, pid, words, output)
         self._workers.append(worker)
