@@ -31,8 +31,8 @@ TITLES = (
     "ADDRESS",
     "HOST",
     "SECTION",
-    "STATE",
     "LAYERS",
+    "STATE",
     "MODEL",
     "DTYPE",
     "WEIGHTS",
@@ -67,8 +67,8 @@ class WorkerView:
             self.address,
             facts.host,
             section,
-            self.state,
             f"{facts.start_layer}:{facts.end_layer} of {facts.num_layers}",
+            self.state,
             facts.model,
             facts.dtype if facts.quantize == "none" else f"{facts.dtype} {facts.quantize}",
             size(facts.stage_bytes),
@@ -122,10 +122,11 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
     else:
         links, failures = await call_each(parse_addresses([workers]), Role.OBSERVER, secret)
     try:
-        links = sorted(links, key=lambda it: (it.facts.start_layer, it.address))
+        # Of several with one section, the first that was named is the stage.
         views = with_states(await look_at(links))
     finally:
         await close_all(links, "done")
+    views.sort(key=lambda it: (it.facts.start_layer, it.state != STAGE, it.address))
     if as_json:
         click.echo(json.dumps([view.as_json() for view in views], ensure_ascii=False))
     elif views:

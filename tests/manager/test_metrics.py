@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from manager.generation import Completion
 from manager.metrics import Requests, Usage, WorkerHistory, quantile, summary, versions
 from proto.messages import Status
+from tests.manager.test_topology import FACTS
 
 
 def completion(times_s, *, prompt_tokens=3, error=None):
@@ -86,8 +88,8 @@ def test_a_failed_request_counts_with_its_tokens_and_without_its_times():
 
 def test_a_worker_s_counters_are_differences_and_its_memory_the_most():
     history = WorkerHistory()
-    history.add(status(steps=10, tokens=20, compute_s=5.0, cpu_s=6.0, sent_bytes=100), None)
-    history.add(status(rss_bytes=50, gpu_memory_bytes=9, gpu_busy=0.2), None)
+    history.add(FACTS, status(steps=10, tokens=20, compute_s=5.0, cpu_s=6.0, sent_bytes=100), None)
+    history.add(FACTS, status(rss_bytes=50, gpu_memory_bytes=9, gpu_busy=0.2), None)
     last = status(
         steps=14,
         tokens=28,
@@ -100,7 +102,7 @@ def test_a_worker_s_counters_are_differences_and_its_memory_the_most():
         gpu_memory_bytes=8,
         gpu_busy=0.6,
     )
-    history.add(last, 0.002)
+    history.add(FACTS, last, 0.002)
     assert history.report(wall_s=2.0) == {
         "rtt_s": 0.002,
         "steps": 4,
@@ -118,16 +120,27 @@ def test_a_worker_s_counters_are_differences_and_its_memory_the_most():
     }
 
 
+def test_a_worker_that_was_started_again_goes_on_counting():
+    history = WorkerHistory()
+    history.add(FACTS, status(steps=10, sent_bytes=100), None)
+    history.add(FACTS, status(steps=14, sent_bytes=150), None)
+    again = replace(FACTS, pid=FACTS.pid + 1)
+    history.add(again, status(steps=2, sent_bytes=10), None)
+    history.add(again, status(steps=5, sent_bytes=30), None)
+    report = history.report(wall_s=1.0)
+    assert (report["steps"], report["sent_bytes"]) == (4 + 3, 50 + 20)
+
+
 def test_no_gpu_is_null_and_not_zero():
     history = WorkerHistory()
-    history.add(status(), None)
+    history.add(FACTS, status(), None)
     report = history.report(wall_s=1.0)
     assert (report["gpu_memory_bytes"], report["gpu_busy"], report["rtt_s"]) == (None, None, None)
 
 
 def test_no_time_has_no_rate_and_still_a_summary():
     history = WorkerHistory()
-    history.add(status(), None)
+    history.add(FACTS, status(), None)
     report = {"wall_s": 0.0, **Requests().report(0.0), "workers": [history.report(0.0)]}
     assert report["tokens_per_s"] is None
     assert summary(report).startswith("0 requests, 0 tokens in 0.0 s; 0.0 tokens/s")

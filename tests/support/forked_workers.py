@@ -109,7 +109,12 @@ class ForkedWorker:
     def start_again(self, *, wait: bool = True) -> ForkedWorker:
         """Another worker of the same command line at the same address, as a supervisor does it."""
         at = self.words.index("--listen") + 1
-        return self._nursery.start(*self.words[:at], self.address, *self.words[at + 1 :], wait=wait)
+        words = (*self.words[:at], self.address, *self.words[at + 1 :])
+        worker = self._nursery.start(*words, wait=False)
+        worker.address = self.address
+        if wait:
+            worker.wait_until_ready()
+        return worker
 
 
 def _main() -> None:
