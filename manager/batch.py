@@ -75,6 +75,7 @@ class BatchConfig:
                 "--output": self.output,
                 "--metrics": self.metrics,
                 "--trace": self.connection.trace,
+                "--event-log": self.connection.event_log,
             }
         )
 
@@ -88,7 +89,7 @@ def _check_paths(paths: dict[str, Path | None]) -> None:
         other = taken.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{other} and {option} are the same file, {path}: name two.")
-        if option in ("--metrics", "--trace"):
+        if option in ("--metrics", "--trace", "--event-log"):
             if path.is_dir():
                 raise UsageError(f"{option} {path} is a folder: name a file.")
             if not path.parent.is_dir():

@@ -31,6 +31,7 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
     "bench": ("manager.bench", "bench", "Measure how fast the pipeline is, against others too."),
+    "replay": ("manager.replay", "replay", "Have the scheduler decide a logged run anew."),
     "finetune": (
         "manager.finetune.command",
         "finetune",

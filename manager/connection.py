@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from manager.adapter_book import spawned_adapters
+from manager.event_log import EventLog
 from manager.event_loop import in_background
 from manager.options import LLAMA_SERVER, ConnectionConfig
 from manager.output import Notices
@@ -101,8 +102,10 @@ async def open_pipeline(
         recovery = RecoverySettings(timeout_s=config.recovery_timeout)
         if config.spawn is not None:  # a worker that died is being started again
             recovery = replace(recovery, resplit_after_s=None)
-        trace = _open_trace(config)
+        trace, event_log = _open_trace(config), None
         try:
+            if config.event_log is not None:
+                event_log = EventLog(config.event_log)
             pipeline = await Pipeline.open(
                 workers,
                 model=config.model,
@@ -111,12 +114,14 @@ async def open_pipeline(
                 max_tokens_hint=max_tokens_hint,
                 recovery=recovery,
                 trace=trace,
+                event_log=event_log,
                 on_progress=notices.show,
                 on_notice=notices.say,
             )
         except BaseException:
-            if trace is not None:
-                trace.close()
+            for opened in (trace, event_log):
+                if opened is not None:
+                    opened.close()
             raise
         async with pipeline:
             if adapters:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from engine.requests import (
     Cancelled,
+    Command,
     Event,
     Finished,
     Generated,
@@ -75,10 +76,11 @@ class Dispatcher:
         eos: frozenset[int],
         prompt_salt: Callable[[int], int | str],
         trace: Trace | None = None,
+        on_event: Callable[[Event, Sequence[Command]], None] | None = None,
     ) -> None:
         self._scheduler, self._writer = scheduler, writer
         self._vocabulary, self._eos, self._prompt_salt = vocabulary, eos, prompt_salt
-        self._trace = trace
+        self._trace, self._on_event = trace, on_event
         self._numbers = count()
         self._active: dict[int, ActiveSequence] = {}
         self._issued: dict[int, IssuedStep] = {}
@@ -224,7 +226,10 @@ class Dispatcher:
     def _apply(self, event: Event, drawn: dict[int, Drawn] | None = None) -> None:
         """Feed one event and do what comes of it; stop texts seen on the way are events again."""
         stopped: list[int] = []
-        for command in self._scheduler.handle(event):
+        commands = self._scheduler.handle(event)
+        if self._on_event is not None:
+            self._on_event(event, commands)
+        for command in commands:
             match command:
                 case RunStep():
                     self._issue(command)

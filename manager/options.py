@@ -36,6 +36,7 @@ class ConnectionConfig:
     model: str | None = None  # None: what the workers hold
     secret_file: Path | None = None
     trace: Path | None = None
+    event_log: Path | None = None
     recovery_timeout: float = 30.0  # seconds that requests wait when a worker is lost
     server: str | None = None  # of llama-server, as `parse_server` gives it
     api_key_file: Path | None = None
@@ -97,6 +98,12 @@ RECOVERY_TIMEOUT: Final = click.option(
     help="When a worker is lost, wait so many seconds for a spare or for it to come back. "
     "0: fail at once.",
 )
+EVENT_LOG: Final = click.option(
+    "--event-log",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the scheduler's events, faults included, for `manager replay`.",
+)
 
 
 class WorkersOwn(click.Option):
@@ -132,11 +139,14 @@ API_KEY_FILE: Final = click.option(
 
 # The options that have a meaning with one backend only.
 OF_BACKEND: Final = {
-    PIPELINE: ("workers", "spawn", "quantize", "secret_file", "trace", "recovery_timeout"),
+    PIPELINE: (
+        *("workers", "spawn", "quantize", "secret_file", "trace"),
+        *("recovery_timeout", "event_log"),
+    ),
     LLAMA_SERVER: ("server", "api_key_file"),
 }
 OPTIONS: Final = (
-    *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, TRACE, RECOVERY_TIMEOUT),
+    *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, TRACE, RECOVERY_TIMEOUT, EVENT_LOG),
     *(SERVER, API_KEY_FILE),
 )
 

@@ -22,12 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from engine.event_log import SchedulerSetUp
 from engine.requests import Stats
-from engine.scheduler import Scheduler
 from manager.adapter_book import AdapterBook, AdapterUse
 from manager.crew import Crew
 from manager.dispatcher import Dispatcher, Trace
 from manager.encoding import Encoder, Message, Prompt
+from manager.event_log import EventLog
 from manager.event_loop import in_background
 from manager.generation import GREEDY, Completion, GenerationOptions, Piece
 from manager.links import WorkerLink
@@ -72,6 +73,7 @@ class Pipeline:
         secret: bytes | None,
         recovery: RecoverySettings,
         trace: Trace | None,
+        event_log: EventLog | None,
         on_notice: OnProgress,
     ) -> None:
         self._chain, self._loaded, self._lease, self._trace = chain, loaded, lease, trace
@@ -82,20 +84,25 @@ class Pipeline:
         self._encoding = asyncio.Lock()  # one long prompt at a time leaves the loop
         self.max_context: Final = chain.facts[0].max_context
         self._writer = StepWriter(lease, entry, self._send_step, self._writer_failed)
+        set_up = SchedulerSetUp(
+            num_stages=len(chain.links),
+            num_blocks=num_blocks,
+            block_tokens=chain.facts[0].block_tokens,
+            max_context=self.max_context,
+            token_budget=min(TOKEN_BUDGET, *(facts.max_step_tokens for facts in chain.facts)),
+            rope_switch=entry.rope_switch,
+        )
+        if event_log is not None:
+            event_log.begin(set_up)
+        self._event_log = event_log
         self._dispatcher = Dispatcher(
-            Scheduler(
-                len(chain.links),
-                num_blocks,
-                chain.facts[0].block_tokens,
-                max_context=self.max_context,
-                token_budget=min(TOKEN_BUDGET, *(facts.max_step_tokens for facts in chain.facts)),
-                rope_switch=entry.rope_switch,
-            ),
+            set_up.scheduler(),
             self._writer,
             loaded.vocabulary,
             eos=entry.eos_token_ids,
             prompt_salt=entry.prompt_salt,
             trace=trace,
+            on_event=None if event_log is None else event_log.add,
         )
         self._closed = False
         self._mending: asyncio.Task[None] | None = None  # while there is no chain
@@ -131,6 +138,7 @@ class Pipeline:
         max_tokens_hint: TokensHint | None = None,
         recovery: RecoverySettings = RECOVERY,
         trace: Trace | None = None,
+        event_log: EventLog | None = None,
         on_progress: OnProgress = lambda _: None,
         on_notice: OnProgress = lambda _: None,
     ) -> Pipeline:
@@ -145,6 +153,7 @@ class Pipeline:
                 model's encoder to count with. More requests, or longer ones, wait or end early.
             recovery: how long requests wait for a chain when a worker is lost.
             trace: told when each step was where.
+            event_log: takes the scheduler's events, for `manager replay`; closed with the pipeline.
             on_progress: told in a few words what is being done until it is open.
             on_notice: told of losses and recoveries.
         Raises:
@@ -184,6 +193,7 @@ class Pipeline:
             secret=secret,
             recovery=recovery,
             trace=trace,
+            event_log=event_log,
             on_notice=on_notice,
         )
 
@@ -409,6 +419,10 @@ class Pipeline:
         await self._crew.close("done")
         if self._trace is not None:
             self._trace.close()
+        if self._event_log is not None:
+            self._event_log.close()
+            if self._event_log.error is not None:
+                self._on_notice(str(self._event_log.error))
 
     # --- losses ------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ PURE_FILES = (
     "engine/pacing.py",
     "engine/roster.py",
     "engine/takeover.py",
+    "engine/event_log.py",
 )
 IMPURE = {"asyncio", "socket", "subprocess", "os", "time", "random", "torch", "click"}
 # A session over asyncio, in three files; everything else in proto is free of I/O.

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from engine.sections import Section
+from manager.event_log import EventLog
 from manager.generation import GenerationOptions
 from manager.links import Refusal, open_link
 from manager.pipeline import Pipeline
@@ -148,7 +149,9 @@ async def test_every_stream_goes_on_as_if_nothing_had_happened(
             fleet.kill(name)
 
 
-async def test_a_loss_during_the_recovery_from_another(fleet, undisturbed):
+async def test_a_loss_during_the_recovery_from_another_and_its_log_replayed(
+    fleet, undisturbed, tmp_path, call
+):
     addresses = fleet.made_whole(spares=[0, 1, 2])
     victims = iter(["1", "1s", "0", "2"])
     said: list[str] = []
@@ -160,12 +163,25 @@ async def test_a_loss_during_the_recovery_from_another(fleet, undisturbed):
                 fleet.kill(name)
             fleet.revive("1")
 
-    async with await open_over(addresses, recovery=PATIENCE, on_notice=hear) as pipeline:
+    log = tmp_path / "events.jsonl"
+    async with await open_over(
+        addresses, recovery=PATIENCE, on_notice=hear, event_log=EventLog(log)
+    ) as pipeline:
         first = at("in the middle", lambda: fleet.kill(next(victims)))
         check(await ask_all(pipeline, REQUESTS, **first), undisturbed)
         names = [fleet.holder(address) for address in pipeline.addresses]
     assert names == ["0s", "1", "2s"]
     assert said[-1].startswith("going on after ")
+    answer = call("replay", str(log))
+    assert answer.returncode == 0, answer.stderr
+    assert "TopologyLost" in answer.stdout
+    assert f"{len(REQUESTS)} Submitted" in answer.stdout
+    lines = log.read_text().splitlines(keepends=True)
+    last = next(at for at in reversed(range(len(lines))) if "StepReturned" in lines[at])
+    log.write_text("".join([*lines[:last], *lines[last + 1 :]]))
+    changed = call("replay", str(log), "--show")
+    assert changed.returncode in (0, 1)
+    assert "RunStep" in changed.stdout
 
 
 async def test_all_but_one_are_lost_one_after_the_other(fleet, undisturbed):

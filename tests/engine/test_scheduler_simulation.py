@@ -82,6 +82,36 @@ def test_every_sequence_gets_what_it_would_get_alone(model: ToyModel, block_of_s
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("block_of_seeds", range(8))
+def test_chains_that_come_and_go_change_no_text(model: ToyModel, block_of_seeds: int) -> None:
+    """Losses at any event, in a row and during a recovery; late answers; fewer or more stages."""
+    restarts = 0
+    for seed in range(block_of_seeds * 40, block_of_seeds * 40 + 40):
+        rng = random.Random(seed)
+        shell = ToyShell(model, random_limits(rng), rng)
+        waiting = [random_request(rng, number, model) for number in range(rng.randint(1, 8))]
+        for _ in range(rng.choice([20, 60, 200])):
+            if waiting and rng.random() < 0.2:
+                shell.submit(waiting.pop())
+            chance = rng.random()
+            if chance < 0.04:
+                shell.lose_chain()
+            elif chance < 0.08 or (not shell.busy_stages and chance < 0.5):
+                shell.restore_chain(rng.randint(1, 4), rng.choice([20, 50, 200]))
+            elif chance < 0.15:
+                shell.deliver_late()
+            elif shell.busy_stages:
+                shell.advance(rng.choice(shell.busy_stages))
+        for request in waiting:
+            shell.submit(request)
+        shell.restore_chain(2, 200)
+        shell.run_dry()
+        shell.check_stories()
+        restarts += shell.restarts
+    assert restarts > 100
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_no_text_is_touched_by_what_another_sequence_failed_to_compute(model: ToyModel) -> None:
     """Prompts that share their blocks while those are still in flight, and some of them fail."""
     restarts = 0

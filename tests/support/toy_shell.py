@@ -68,6 +68,7 @@ class ToyShell:
         self.stories: dict[int, Story] = {}
         self.faults: set[int] = set()
         self.restarts = 0  # of sequences whose KV is computed anew
+        self.log: list[tuple[Event, list[Command]]] = []
         self.scheduler = Scheduler(
             limits.num_stages,
             limits.num_blocks,
@@ -160,6 +161,7 @@ class ToyShell:
 
     def handle(self, event: Event) -> list[Command]:
         commands = self.scheduler.handle(event)
+        self.log.append((event, commands))
         for command in commands:
             match command:
                 case RunStep():
