@@ -6,7 +6,7 @@
         completions = await asyncio.gather(*(pipeline.generate(prompt) for prompt in prompts))
 
 Owns the links, the leases and the model's entry; who runs when is the scheduler's, behind
-`manager.dispatcher`, and what follows a loss is `manager.recovery`'s. Every command line of the
+`manager.dispatcher`, and what follows a loss is `manager.keeper`'s. Every command line of the
 manager stands on this.
 """
 
@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -25,31 +23,25 @@ from typing import Any, Final
 from engine.event_log import SchedulerSetUp
 from engine.requests import Stats
 from manager.adapter_book import AdapterBook, AdapterUse
-from manager.crew import Crew
 from manager.dispatcher import Dispatcher, Trace
 from manager.encoding import Encoder, Message, Prompt
 from manager.event_log import EventLog
 from manager.event_loop import in_background
 from manager.generation import GREEDY, Completion, GenerationOptions, Piece
+from manager.keeper import ChainKeeper
 from manager.links import WorkerLink
 from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
-from manager.recovery import Recovery, RecoverySettings
-from manager.resplit import Resplit
+from manager.recovery import RecoverySettings
 from manager.sequences import ActiveSequence
 from manager.steps import StepWriter
 from manager.topology import OpenChain, open_chain
 from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
-from proto.messages import LinkLost, Status, Step, StepReport, WorkerFacts
+from proto.messages import Status, Step, WorkerFacts
 from proto.secret import read_secret_file
 
 # One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
 # tokens beside it do not wait long.
 TOKEN_BUDGET: Final = 512
-
-# A board may need seconds for a token and a minute for a chunk of a prompt; ten of them mean that
-# the step never ends.
-STEP_DEADLINE_S: Final = 600.0
-WATCH_EVERY_S: Final = 5.0
 
 # Tokenizers take about a millisecond for so much; longer texts are left to a thread.
 INLINE_CHARS: Final = 4096
@@ -76,9 +68,7 @@ class Pipeline:
         event_log: EventLog | None,
         on_notice: OnProgress,
     ) -> None:
-        self._chain, self._loaded, self._lease, self._trace = chain, loaded, lease, trace
-        self._want_blocks = num_blocks
-        self._recovery, self._on_notice = recovery, on_notice
+        self._trace, self._event_log, self._on_notice = trace, event_log, on_notice
         self._adapters = AdapterBook(chain.links, lease)
         self._encoder, entry = loaded.encoder, loaded.entry
         self._encoding = asyncio.Lock()  # one long prompt at a time leaves the loop
@@ -94,7 +84,6 @@ class Pipeline:
         )
         if event_log is not None:
             event_log.begin(set_up)
-        self._event_log = event_log
         self._dispatcher = Dispatcher(
             set_up.scheduler(),
             self._writer,
@@ -105,27 +94,18 @@ class Pipeline:
             on_event=None if event_log is None else event_log.add,
         )
         self._closed = False
-        self._mending: asyncio.Task[None] | None = None  # while there is no chain
-        self._settled = asyncio.Event()  # there is one, or nobody waits for it
-        self._settled.set()
-        self._crew = Crew(
-            [*chain.links, *chain.others],
-            chain.absent,
-            secret=secret,
-            on_lost=self._worker_lost,
-            on_link_lost=self._next_lost,
-        )
-        self._resplit = Resplit(
-            self._crew,
+        self._keeper = ChainKeeper(
+            chain,
+            loaded,
+            self._dispatcher,
             self._adapters,
-            model=loaded.path,
-            fingerprint=entry.fingerprint,
+            lease=lease,
+            num_blocks=num_blocks,
+            secret=secret,
+            settings=recovery,
+            trace=trace,
             on_notice=on_notice,
         )
-        for link in chain.links:
-            self._listen(link)
-        self._crew.call_absent()
-        self._watching = asyncio.ensure_future(self._watch_steps())
 
     @classmethod
     async def open(
@@ -205,14 +185,19 @@ class Pipeline:
         return self._encoder.tokenizer
 
     @property
+    def _links(self) -> tuple[WorkerLink, ...]:
+        """Of the chain as it is now."""
+        return self._keeper.chain.links
+
+    @property
     def workers(self) -> tuple[WorkerFacts, ...]:
         """What each worker of the chain says of itself, first section first."""
-        return self._chain.facts
+        return self._keeper.chain.facts
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where the workers were reached, in the same order."""
-        return tuple(str(link.address) for link in self._chain.links)
+        return tuple(str(link.address) for link in self._links)
 
     @property
     def model_name(self) -> str:
@@ -222,7 +207,7 @@ class Pipeline:
     @property
     def identity(self) -> dict[str, Any]:
         """What every text depends on beside its request."""
-        facts = self._chain.facts[0]
+        facts = self.workers[0]
         return {
             "model": self.model_name,
             "fingerprint": facts.fingerprint,
@@ -252,7 +237,7 @@ class Pipeline:
 
     async def status(self) -> list[tuple[WorkerFacts, Status, float | None]]:
         """What each worker counts now, and the round trip to it in seconds."""
-        links = self._chain.links
+        links = self._links
         answers = await asyncio.gather(*(link.status() for link in links))
         return [
             (link.facts, answer, link.rtt_s) for link, answer in zip(links, answers, strict=True)
@@ -348,14 +333,14 @@ class Pipeline:
     async def _adapter(self, name: str) -> AdapterUse:
         """The adapter of a request; while there is no chain it waits as the request would."""
         while True:
-            await self._settled.wait()
-            chain = self._chain
+            await self._keeper.settled.wait()
+            links = self._links
             try:
                 return await self._adapters.acquire(name)
             except WorkerLost:
                 if self.lost is not None or self._closed:
                     raise
-                if self._chain is chain and self._settled.is_set():
+                if self._links is links and self._keeper.settled.is_set():
                     await asyncio.sleep(0)  # the link says so itself in a moment
 
     async def _checked(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
@@ -371,7 +356,7 @@ class Pipeline:
             prompt = Prompt(tuple(prompt))
         if self._closed:
             raise UsageError("the pipeline is closed: open another one.")
-        vocab_size = self._chain.facts[0].vocab_size
+        vocab_size = self.workers[0].vocab_size
         stranger = next((i for i in prompt.token_ids if not 0 <= i < vocab_size), None)
         if stranger is not None:
             raise RequestRefused(
@@ -403,20 +388,14 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self._settled.set()
-        tasks = [self._watching, *([] if self._mending is None else [self._mending])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._keeper.stop()
         self._dispatcher.end_all("the pipeline was closed")
         self._adapters.close()
         await self._writer.close()
         if self._trace is not None and self._dispatcher.lost is None:
             # An answer comes behind everything that a worker said before: the last reports.
-            await asyncio.gather(*(it.status() for it in self._chain.links), return_exceptions=True)
-        for link in self._crew.links:
-            link.release(self._lease)
-        await self._crew.close("done")
+            await asyncio.gather(*(it.status() for it in self._links), return_exceptions=True)
+        await self._keeper.close()
         if self._trace is not None:
             self._trace.close()
         if self._event_log is not None:
@@ -424,114 +403,8 @@ class Pipeline:
             if self._event_log.error is not None:
                 self._on_notice(str(self._event_log.error))
 
-    # --- losses ------------------------------------------------------------------------------
-
-    def next_epoch(self) -> int:
-        """For `Recovery`: another try begins."""
-        return self._dispatcher.suspend()
-
-    def blocks_needed(self) -> int:
-        """For `Recovery`: KV blocks of the largest request that is not over."""
-        return -(-self._dispatcher.longest_tokens // self._chain.facts[0].block_tokens)
-
-    def give_up(self, error: WorkerLost) -> None:
-        """For `Recovery`: no chain came in time. It goes on looking for one."""
-        self._dispatcher.lose(error)
-        self._settled.set()
-
-    def check(self, facts: WorkerFacts) -> None:
-        """For `Recovery`: raises ModelError where a worker does not hold this model."""
-        self._loaded.check(facts)
-
-    def _worker_lost(self, link: WorkerLink, lost: WorkerLost) -> None:
-        self._crew.call_absent()
-        if link in self._chain.links and self._mending is None:
-            self._chain_broke(lost, link.facts)
-
-    def _next_lost(self, _link: WorkerLink, lost: LinkLost, epoch: int) -> None:
-        if self._mending is not None or epoch != self._dispatcher.epoch:
-            return  # of a chain that is no more
-        reason = lost.reason.removeprefix(f"worker {lost.next} was lost: ")
-        held = {str(it.address): it.facts for it in self._chain.links}
-        error = WorkerLost(lost.next, f"its neighbour says: {reason}")
-        self._chain_broke(error, held.get(lost.next))
-
-    def _chain_broke(self, lost: WorkerLost, held: WorkerFacts | None) -> None:
-        if self._closed:
-            return
-        if held is not None:
-            reason = f"{lost.reason}; it held layers {held.start_layer}:{held.end_layer}"
-            if held.section is not None:
-                reason += f" (section {held.section}/{held.num_sections})"
-            lost = WorkerLost(lost.worker, reason)
-        if self._recovery.timeout_s == 0:
-            self._dispatcher.lose(lost)
-        else:
-            self._dispatcher.suspend()
-            self._settled.clear()
-            self._on_notice(f"{lost}; {self._dispatcher.num_active} requests wait")
-        self._mending = asyncio.ensure_future(self._mend(lost))
-
-    async def _mend(self, lost: WorkerLost) -> None:
-        began_s = time.monotonic()
-        recovery = Recovery(
-            self,
-            self._crew,
-            self._adapters,
-            self._recovery,
-            lease=self._lease,
-            want_blocks=self._want_blocks,
-            trace=self._trace is not None,
-            resplit=self._resplit,
-        )
-        try:
-            chain = await recovery.run(lost)
-        except Exception as exc:  # a fault of ours: whoever waits must hear of it
-            self.give_up(WorkerLost(lost.worker, f"{lost.reason}; recovery failed: {exc}"))
-            raise
-        # Nothing is awaited from here on: who is lost later is lost by the new chain.
-        self._mending = None
-        self._chain = chain
-        for link in chain.links:
-            self._listen(link)
-        for link in self._crew.links:
-            if link not in chain.links:
-                link.release(self._lease)
-        num_blocks = min(link.blocks or 0 for link in chain.links)
-        self._on_notice(f"going on after {time.monotonic() - began_s:.2f} s: {self.holder}")
-        self._dispatcher.resume(num_blocks=num_blocks, num_stages=len(chain.links))
-        self._settled.set()
-
-    async def _watch_steps(self) -> None:
-        """Give a worker up whose torch has been at one step for too long: it hangs."""
-        while True:
-            await asyncio.sleep(WATCH_EVERY_S)
-            oldest_s = self._dispatcher.oldest_step_s
-            if oldest_s is None or time.monotonic() < oldest_s + STEP_DEADLINE_S:
-                continue
-            links = self._chain.links
-            found = await asyncio.gather(*(it.status() for it in links), return_exceptions=True)
-            for link, status in zip(links, found, strict=True):
-                if isinstance(status, Status) and status.working_s > STEP_DEADLINE_S:
-                    link.give_up(f"it has been computing one step for {status.working_s:.0f} s")
-
-    # --- what the links say ------------------------------------------------------------------
-
-    def _listen(self, link: WorkerLink) -> None:
-        link.on_step_done = self._dispatcher.step_done
-        if self._trace is not None:
-            link.on_report = partial(self._report, link, self._trace)
-
-    def _report(self, link: WorkerLink, trace: Trace, report: StepReport) -> None:
-        trace.report(str(link.address), report, link.clock_offset_s)
-
     def _send_step(self, step: Step, tables: bytes, hidden: memoryview, epoch: int) -> None:
-        if epoch != self._dispatcher.epoch:
-            return  # it waited for its embeddings while its chain went
-        try:
-            self._chain.links[0].send(step, tables, hidden, epoch=epoch)
-        except WorkerLost:
-            pass  # the link says so itself, and then the requests wait
+        self._keeper.send(step, tables, hidden, epoch)
 
     def _writer_failed(self, exc: BaseException) -> None:
         self._dispatcher.lose(ModelError(f"the prompt could not be embedded: {exc}"))

@@ -416,7 +416,7 @@ def test_a_token_prompt_of_a_closed_pipeline_leaves_no_adapter_in_use(served):
         with pytest.raises(RequestRefused):
             await pipeline.generate(Prompt(()), options("law"))
         async with await Pipeline.open(served.workers.addresses) as other:
-            held = await asyncio.gather(*(link.adapters() for link in other._chain.links))
+            held = await asyncio.gather(*(link.adapters() for link in other._links))
         assert [it.leases for adapters in held for it in adapters] == [0, 0, 0, 0]
 
     on_workers(served.workers, check)
