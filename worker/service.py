@@ -179,9 +179,6 @@ class Service:
             reason = f"worker {self._name} is loading other layers ({self.loading.percent} %)"
             answer(link, Refused(reason=reason))
             return
-        before = self._leases.get(asked.lease)
-        if before is not None:  # who knows its number is the manager that has it
-            self._close_lease(before, "its manager came on another link")
         try:
             lease = self._leases.grant(
                 asked.lease,
