@@ -2,7 +2,8 @@
 
 A pure function of (logits, parameters, seed, how many tokens were drawn before): who shares the
 batch, and whether the step is a replay, cannot change the token. The order of the filters is
-that of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+that of transformers' `generate`: repetition penalty, offsets, mask, temperature, top-k, top-p,
+min-p.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ Top = list[tuple[int, float]]
 
 
 def draw(
-    logits: Tensor, sampling: Sampling, history: Tensor | None = None
+    logits: Tensor,
+    sampling: Sampling,
+    history: Tensor | None = None,
+    offsets: tuple[Tensor, Tensor] | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[int, float | None, Top]:
     """Draw one token.
 
@@ -28,17 +33,25 @@ def draw(
         logits: (vocab_size,) float32.
         sampling: temperature 0 takes the most likely token.
         history: (distinct,) int64, the token ids that the repetition penalty applies to.
+        offsets: ((n,) int64 distinct token ids, (n,) float32 to add to their logits).
+        allowed: (vocab_size,) bool, the tokens that may be drawn; None: all.
     Returns:
         the token, its log-probability, and the most likely `sampling.logprobs` tokens with
         theirs (None and empty where no logprobs were asked for). Log-probabilities are of the
-        model's own distribution, before penalty, temperature and filters.
+        model's own distribution, before penalty, offsets, mask, temperature and filters.
     Raises:
-        StepFailed: the logits hold NaN, or no finite value at all.
+        StepFailed: the logits hold NaN, or no finite value at all; or nothing is allowed.
     """
     best = logits.max()
     if not bool(torch.isfinite(best)):  # max() is NaN as soon as one logit is
         raise StepFailed("the logits hold NaN or infinity")
     penalised = _penalise(logits, sampling.repetition_penalty, history)
+    if offsets is not None:
+        penalised = penalised.index_add(0, *offsets)
+    if allowed is not None:
+        penalised = penalised.masked_fill(~allowed, -math.inf)
+        if not bool(torch.isfinite(penalised.max())):
+            raise StepFailed("the mask allows no token")
     if sampling.temperature == 0:
         token = int(penalised.argmax())
     else:
@@ -89,6 +102,8 @@ def _draw_at_random(logits: Tensor, sampling: Sampling) -> int:
     if sampling.min_p > 0.0:
         keep = int((probabilities >= sampling.min_p * probabilities[0]).sum())
         probabilities = probabilities[: max(1, keep)]
+    # What has no chance at all is never drawn, not even where rounding ends beyond the last one.
+    probabilities = probabilities[: max(1, int((probabilities > 0).sum()))]
     cumulated = probabilities.cumsum(dim=-1)
     target = uniform(sampling.seed, sampling.draw) * float(cumulated[-1])
     place = int(torch.searchsorted(cumulated, target, right=True))

@@ -33,7 +33,7 @@ from engine.scheduler import Scheduler
 from manager.adapter_book import AdapterUse
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions
-from manager.sequences import ActiveSequence
+from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
 from manager.text import Vocabulary
 from proto.errors import Error, RequestRefused, UsageError
@@ -126,12 +126,14 @@ class Dispatcher:
         options: GenerationOptions,
         on_prefill: Callable[[int, int], None] | None = None,
         adapter: AdapterUse | None = None,
+        constraint: Constraint | None = None,
     ) -> ActiveSequence:
         """Start a request; its pieces come by themselves.
 
         Args:
             adapter: that all workers know of; the caller's until the request is over.
             on_prefill: called with (prompt tokens computed, prompt tokens) while a prompt is read.
+            constraint: which tokens may be drawn; nobody else's.
         Raises:
             RequestRefused: it can never run; says the numbers.
             WorkerLost: a worker went away before.
@@ -146,6 +148,7 @@ class Dispatcher:
             self._vocabulary,
             time.monotonic(),
             None if adapter is None else adapter.number,
+            constraint,
         )
         sequence.on_prefill = on_prefill
         self._active[number] = sequence

@@ -16,6 +16,9 @@ from proto.messages import Sampling
 MAX_SEED: Final = 2**63 - 1
 MAX_NEW_TOKENS: Final = 2**31 - 1
 MAX_LOGPROBS: Final = 100
+MAX_PENALTY: Final = 2.0  # of presence and frequency, as OpenAI bounds them
+MAX_BIAS: Final = 100.0
+MAX_BIASES: Final = 1024  # they travel with every step
 MAX_SCALE: Final = 1000.0  # of temperature and repetition penalty, as the wire bounds them
 
 
@@ -29,6 +32,9 @@ class GenerationOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # taken off the logit of every token that was generated
+    frequency_penalty: float = 0.0  # the same, once for every time
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     seed: int | None = None  # None: another one for every request
     stop: tuple[str, ...] = ()  # any of these texts ends the text and is not part of it
     stop_token_ids: tuple[int, ...] = ()  # so does any of these tokens, beside the model's own
@@ -43,6 +49,9 @@ class GenerationOptions:
         _check_number("top_p", self.top_p, 0, 1, open_below=True)
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("repetition_penalty", self.repetition_penalty, 0, MAX_SCALE, open_below=True)
+        _check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_biases(self.logit_bias)
         _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
@@ -52,10 +61,23 @@ class GenerationOptions:
 
     @property
     def looks_back(self) -> bool:
-        """Whether a draw depends on the tokens seen before."""
+        """Whether a draw depends on the tokens seen before, those of the prompt included."""
         return self.repetition_penalty != 1.0
 
-    def sampling(self, *, seed: int, draw: int, num_history: int) -> Sampling:
+    @property
+    def counts_back(self) -> bool:
+        """Whether a draw depends on how often tokens were generated before."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def sampling(
+        self,
+        *,
+        seed: int,
+        draw: int,
+        num_history: int,
+        num_offsets: int = 0,
+        num_mask_words: int = 0,
+    ) -> Sampling:
         """These options as the wire says them, for the sequence's token number `draw`."""
         return Sampling(
             seed=seed,
@@ -67,6 +89,8 @@ class GenerationOptions:
             repetition_penalty=float(self.repetition_penalty),
             logprobs=self.logprobs,
             num_history=num_history,
+            num_offsets=num_offsets,
+            num_mask_words=num_mask_words,
         )
 
 
@@ -128,6 +152,16 @@ def _check_number(
     if not low <= number <= high or (open_below and number == low):
         least = f"above {low:g}" if open_below else f"from {low:g}"
         raise RequestRefused(f"{name} is {value!r}; it takes a number {least} to {high:g}.")
+
+
+def _check_biases(value: tuple[tuple[int, float], ...]) -> None:
+    if len(value) > MAX_BIASES:
+        raise RequestRefused(f"logit_bias has {len(value)} tokens; at most {MAX_BIASES} may.")
+    if len(dict(value)) < len(value):
+        raise RequestRefused("logit_bias names a token twice.")
+    for token, bias in value:
+        _check_whole("a token of logit_bias", token, 0, 2**31 - 1)
+        _check_number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_texts(name: str, value: object) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from engine.event_log import SchedulerSetUp
 from engine.requests import Stats
-from manager.adapter_book import AdapterBook, AdapterUse
+from manager.adapter_book import AdapterBook, AdapterUse, held_everywhere
 from manager.dispatcher import Dispatcher, Trace
 from manager.encoding import Encoder, Message, Prompt
 from manager.event_log import EventLog
@@ -32,7 +32,7 @@ from manager.keeper import ChainKeeper
 from manager.links import WorkerLink
 from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
 from manager.recovery import RecoverySettings
-from manager.sequences import ActiveSequence
+from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
 from manager.topology import OpenChain, open_chain
 from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
@@ -71,6 +71,7 @@ class Pipeline:
         self._trace, self._event_log, self._on_notice = trace, event_log, on_notice
         self._adapters = AdapterBook(chain.links, lease)
         self._encoder, entry = loaded.encoder, loaded.entry
+        self._eos = frozenset(entry.eos_token_ids)
         self._encoding = asyncio.Lock()  # one long prompt at a time leaves the loop
         self.max_context: Final = chain.facts[0].max_context
         self._writer = StepWriter(lease, entry, self._send_step, self._writer_failed)
@@ -260,6 +261,20 @@ class Pipeline:
         """
         await self._adapters.provide(wanted)
 
+    async def held_adapters(self) -> list[str]:
+        """Names of the adapters that requests may use: those that every worker holds.
+
+        Raises:
+            WorkerLost: a worker does not answer.
+        """
+        held = await held_everywhere(self._links)
+        return sorted(it for it, facts in held.items() if len(facts) == len(self._links))
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Any of these ends a text."""
+        return self._eos
+
     def encode(self, text: str) -> Prompt:
         """A plain prompt's tokens."""
         return self._encoder.encode(text)
@@ -274,16 +289,19 @@ class Pipeline:
         options: GenerationOptions = GREEDY,
         *,
         on_prefill: OnPrefill | None = None,
+        constraint: Constraint | None = None,
     ) -> AsyncIterator[Piece]:
         """Generate, piece by piece; leaving the loop early frees what the request holds.
 
         A request that fails on the way ends with a piece whose finish reason is "error".
 
+        Args:
+            constraint: which tokens may be drawn, where not all may; made for this request.
         Raises:
             RequestRefused: it can never run: empty, or longer than the context or the KV.
             WorkerLost: a worker went away before the request.
         """
-        async with self._request(prompt, options, on_prefill) as sequence:
+        async with self._request(prompt, options, on_prefill, constraint) as sequence:
             async for piece in sequence.pieces():
                 yield piece
 
@@ -314,6 +332,7 @@ class Pipeline:
         prompt: str | Sequence[int] | Prompt,
         options: GenerationOptions,
         on_prefill: OnPrefill | None,
+        constraint: Constraint | None = None,
     ) -> AsyncIterator[ActiveSequence]:
         """A request for the block; then nothing is left of it here or on the workers."""
         prompt = await self._checked(prompt)
@@ -321,7 +340,7 @@ class Pipeline:
         if options.adapter is not None:
             adapter = await self._adapter(options.adapter)
         try:
-            sequence = self._dispatcher.submit(prompt, options, on_prefill, adapter)
+            sequence = self._dispatcher.submit(prompt, options, on_prefill, adapter, constraint)
             try:
                 yield sequence
             finally:

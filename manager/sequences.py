@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 from manager.encoding import Prompt
 from manager.generation import (
@@ -22,6 +24,21 @@ from manager.text import Cut, TextStream, Vocabulary
 from proto.messages import Drawn, Sampling
 
 
+class Constraint(Protocol):
+    """What limits the tokens of one sequence: a grammar, and how far the text is within it."""
+
+    num_mask_words: int  # of every mask
+
+    def token_came(self, token: int) -> None:
+        """This token is part of the text now. Quick: called on the event loop."""
+
+    def mask(self) -> bytes:
+        """Which tokens may follow, a bit each; none where the grammar cannot tell any more.
+
+        Takes its time: called on a thread. Raises nothing.
+        """
+
+
 class ActiveSequence:
     """The state of one request between its submission and its last piece."""
 
@@ -33,6 +50,7 @@ class ActiveSequence:
         vocabulary: Vocabulary,
         now_s: float,
         adapter: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.adapter = adapter  # its number in this lease; None: the model alone
         self.number, self.prompt, self.options = number, prompt, options
@@ -40,6 +58,8 @@ class ActiveSequence:
         self.on_prefill: Callable[[int, int], None] | None = None  # tokens done, tokens in all
         self._text = TextStream(vocabulary, options.stop, prompt.context)
         self._seen = dict.fromkeys(prompt.token_ids) if options.looks_back else {}
+        self._generated = Counter[int]()  # where a draw depends on it
+        self.constraint = constraint
         self._submitted_s = now_s
         self._token_times_s: list[float] = []
         self._record = _Record()
@@ -50,9 +70,27 @@ class ActiveSequence:
 
     # --- what the pipeline tells it ----------------------------------------------------------
 
-    def sampling(self, draw: int) -> Sampling:
+    def sampling(self, draw: int, num_offsets: int = 0) -> Sampling:
         """How the token number `draw` is drawn."""
-        return self.options.sampling(seed=self.seed, draw=draw, num_history=len(self._seen))
+        return self.options.sampling(
+            seed=self.seed,
+            draw=draw,
+            num_history=len(self._seen),
+            num_offsets=num_offsets,
+            num_mask_words=0 if self.constraint is None else self.constraint.num_mask_words,
+        )
+
+    @property
+    def offsets(self) -> list[tuple[int, float]]:
+        """(token, what is added to its logit): the biases, less the penalties of what came."""
+        options = self.options
+        if not self._generated:
+            return list(options.logit_bias)
+        added = dict(options.logit_bias)
+        for token, times in self._generated.items():
+            penalty = options.presence_penalty + times * options.frequency_penalty
+            added[token] = added.get(token, 0.0) - penalty
+        return list(added.items())
 
     @property
     def history(self) -> Sequence[int]:
@@ -62,6 +100,8 @@ class ActiveSequence:
     def token_came(self, token: int, drawn: Drawn | None, now_s: float) -> bool:
         """Take the next token of the text; True when a stop text is complete with it."""
         self._add_token(token, drawn, now_s)
+        if self.constraint is not None:
+            self.constraint.token_came(token)
         cut = self._text.add(token)
         self._add_text(cut)
         return cut.stopped_by is not None
@@ -128,6 +168,8 @@ class ActiveSequence:
         self._token_times_s.append(now_s - self._submitted_s)
         if self.options.looks_back:
             self._seen[token] = None
+        if self.options.counts_back:
+            self._generated[token] += 1
         for record in (self._record, self._unread):
             record.token_ids.append(token)
             if drawn is not None and drawn.logprob is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from engine.requests import PlannedRun, RunStep
-from manager.sequences import ActiveSequence
+from manager.sequences import ActiveSequence, Constraint
 from proto.codec import pack_step_tables
 from proto.messages import Run, Step
 
@@ -29,7 +29,8 @@ INLINE_VALUES: Final = 64 * 1024
 # Steps that may wait for the embedding thread: more than the scheduler ever has in flight.
 MAX_WAITING: Final = 4096
 
-SendStep = Callable[[Step, bytes, memoryview, int], None]  # step, tables, hidden states, epoch
+# step, tables (masks included), hidden states, epoch
+SendStep = Callable[[Step, bytes, memoryview, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class PackedStep:
     tables: bytes
     token_ids: list[int]
     positions: list[int]
+    constraints: list[Constraint]  # of the runs that draw under one, in the order of the runs
 
 
 class StepWriter:
@@ -64,8 +66,9 @@ class StepWriter:
     def write(self, command: RunStep, sequences: Mapping[int, ActiveSequence]) -> None:
         """Send a step, at once where that is quick."""
         packed = pack(self._lease, command, sequences)
-        if self._num_waiting == 0 and len(packed.token_ids) <= self._inline_tokens:
-            self._send_packed(packed, self._embed(packed))
+        is_quick = len(packed.token_ids) <= self._inline_tokens and not packed.constraints
+        if self._num_waiting == 0 and is_quick:
+            self._send_packed(packed, *self._payload(packed))
         else:
             self._num_waiting += 1
             self._waiting.put_nowait(packed)
@@ -81,17 +84,21 @@ class StepWriter:
         try:
             while True:
                 packed = await self._waiting.get()
-                hidden = await loop.run_in_executor(self._executor, self._embed, packed)
+                payload = await loop.run_in_executor(self._executor, self._payload, packed)
                 self._num_waiting -= 1
-                self._send_packed(packed, hidden)
+                self._send_packed(packed, *payload)
         except Exception as exc:
             self._on_failure(exc)
 
-    def _embed(self, packed: PackedStep) -> memoryview:
-        return bytes_of(self._entry.embed(packed.token_ids, packed.positions))
+    def _payload(self, packed: PackedStep) -> tuple[bytes, memoryview]:
+        # A constraint is as far as its sequence was at issue: nothing new can come before this
+        # step returns.
+        masks = [constraint.mask() for constraint in packed.constraints]
+        hidden = bytes_of(self._entry.embed(packed.token_ids, packed.positions))
+        return packed.tables + b"".join(masks), hidden
 
-    def _send_packed(self, packed: PackedStep, hidden: memoryview) -> None:
-        self._send(packed.message, packed.tables, hidden, packed.epoch)
+    def _send_packed(self, packed: PackedStep, tables: bytes, hidden: memoryview) -> None:
+        self._send(packed.message, tables, hidden, packed.epoch)
 
 
 def pack(lease: bytes, command: RunStep, sequences: Mapping[int, ActiveSequence]) -> PackedStep:
@@ -101,27 +108,33 @@ def pack(lease: bytes, command: RunStep, sequences: Mapping[int, ActiveSequence]
     positions: list[int] = []
     tables: list[int] = []
     histories: list[int] = []
+    offsets: list[tuple[int, float]] = []
+    constraints: list[Constraint] = []
     for planned in command.runs:
         sequence = sequences[planned.sequence]
-        runs.append(_run(planned, sequence))
+        added = sequence.offsets if planned.draws else []
+        runs.append(_run(planned, sequence, len(added)))
         token_ids += planned.tokens
         positions += range(planned.start, planned.start + len(planned.tokens))
         tables += planned.blocks
         if planned.draws:
             histories += sequence.history
+            offsets += added
+            if sequence.constraint is not None:
+                constraints.append(sequence.constraint)
     message = Step(lease=lease, step=command.step, runs=runs)
-    packed_tables = pack_step_tables(token_ids, tables, histories)
-    return PackedStep(message, command.epoch, packed_tables, token_ids, positions)
+    packed_tables = pack_step_tables(token_ids, tables, histories, offsets)
+    return PackedStep(message, command.epoch, packed_tables, token_ids, positions, constraints)
 
 
-def _run(planned: PlannedRun, sequence: ActiveSequence) -> Run:
+def _run(planned: PlannedRun, sequence: ActiveSequence, num_offsets: int) -> Run:
     return Run(
         sequence=planned.sequence,
         start=planned.start,
         num_tokens=len(planned.tokens),
         num_blocks=len(planned.blocks),
         rope_length=planned.rope_length,
-        sampling=sequence.sampling(planned.draw) if planned.draws else None,
+        sampling=sequence.sampling(planned.draw, num_offsets) if planned.draws else None,
         state_slot=planned.state_slot,
         adapter=sequence.adapter,
     )

@@ -119,6 +119,8 @@ class StepLayout(NamedTuple):
     num_tokens: int
     tables_at: int  # token ids are before it, from 0
     histories_at: int
+    offsets_at: int  # their tokens; the values follow, as many
+    masks_at: int
     hidden_at: int
     payload_bytes: int
 
@@ -126,28 +128,38 @@ class StepLayout(NamedTuple):
 class StepPayload(NamedTuple):
     """The parts of a step's payload as views of bytes: nothing is copied.
 
-    The first three hold little-endian int32; a view keeps the whole received buffer alive.
+    All but the last hold little-endian items of 4 bytes; a view keeps the whole received buffer
+    alive.
     """
 
-    token_ids: memoryview
-    tables: memoryview
-    histories: memoryview
+    token_ids: memoryview  # int32
+    tables: memoryview  # int32
+    histories: memoryview  # int32
+    offset_tokens: memoryview  # int32
+    offset_values: memoryview  # float32
+    masks: memoryview  # uint32
     hidden: memoryview
 
 
 def step_layout(step: Step, hidden_size: int, itemsize: int) -> StepLayout:
     """What the runs of a step announce; `itemsize` is the bytes of one hidden value."""
-    num_tokens = num_blocks = num_history = 0
+    num_tokens = num_blocks = num_history = num_offsets = num_mask_words = 0
     for run in step.runs:
         num_tokens += run.num_tokens
         num_blocks += run.num_blocks
         if run.sampling is not None:
             num_history += run.sampling.num_history
+            num_offsets += run.sampling.num_offsets
+            num_mask_words += run.sampling.num_mask_words
     tables_at = num_tokens * INT32_BYTES
     histories_at = tables_at + num_blocks * INT32_BYTES
-    hidden_at = histories_at + num_history * INT32_BYTES
+    offsets_at = histories_at + num_history * INT32_BYTES
+    masks_at = offsets_at + 2 * num_offsets * INT32_BYTES
+    hidden_at = masks_at + num_mask_words * INT32_BYTES
     payload_bytes = hidden_at + num_tokens * hidden_size * itemsize
-    return StepLayout(num_tokens, tables_at, histories_at, hidden_at, payload_bytes)
+    return StepLayout(
+        num_tokens, tables_at, histories_at, offsets_at, masks_at, hidden_at, payload_bytes
+    )
 
 
 def step_payload(step: Step, payload: memoryview, hidden_size: int, itemsize: int) -> StepPayload:
@@ -163,25 +175,40 @@ def step_payload(step: Step, payload: memoryview, hidden_size: int, itemsize: in
             f"{layout.payload_bytes} ({layout.num_tokens} tokens of {hidden_size} x {itemsize} "
             f"bytes and {layout.hidden_at} bytes of tables)"
         )
+    values_at = (layout.offsets_at + layout.masks_at) // 2
     return StepPayload(
         payload[: layout.tables_at],
         payload[layout.tables_at : layout.histories_at],
-        payload[layout.histories_at : layout.hidden_at],
+        payload[layout.histories_at : layout.offsets_at],
+        payload[layout.offsets_at : values_at],
+        payload[values_at : layout.masks_at],
+        payload[layout.masks_at : layout.hidden_at],
         payload[layout.hidden_at :],
     )
 
 
 def pack_step_tables(
-    token_ids: Sequence[int], tables: Sequence[int], histories: Sequence[int]
+    token_ids: Sequence[int],
+    tables: Sequence[int],
+    histories: Sequence[int],
+    offsets: Sequence[tuple[int, float]] = (),
 ) -> bytes:
-    """The first part of a step's payload; the hidden states follow as a buffer of their own.
+    """The first part of a step's payload, up to the masks; those and the hidden states follow as
+    buffers of their own.
 
     Raises:
         LocalProtocolError: a number does not fit 32 bits.
     """
+    tokens, values = zip(*offsets, strict=True) if offsets else ((), ())
+    integers = len(token_ids) + len(tables) + len(histories) + len(tokens)
     try:
         return struct.pack(
-            f"<{len(token_ids) + len(tables) + len(histories)}i", *token_ids, *tables, *histories
+            f"<{integers}i{len(values)}f", *token_ids, *tables, *histories, *tokens, *values
         )
-    except struct.error as exc:
+    except (struct.error, OverflowError) as exc:
         raise LocalProtocolError(f"a token id or block id does not fit 32 bits: {exc}") from exc
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of a mask: a bit a token, the first one in the lowest bit of the first word."""
+    return -(-vocab_size // 32)

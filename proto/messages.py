@@ -222,6 +222,8 @@ class Sampling(Struct, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     logprobs: Annotated[int, Meta(ge=0, le=100)] = 0  # top alternatives wanted; 0: none at all
     num_history: Count = 0  # distinct token ids seen so far, in the payload (penalties only)
+    num_offsets: Count = 0  # tokens with a number to add to their logit, in the payload
+    num_mask_words: Count = 0  # words of the mask of allowed tokens; 0: all are
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -252,7 +254,9 @@ class Step(Message, frozen=True, kw_only=True):
 
     Payload, all little endian, in this order, where T is the sum of the runs' `num_tokens`:
     token ids int32[T]; block tables int32[sum of num_blocks]; histories int32[sum of
-    num_history]; hidden states (T, hidden_size) in the dtype that the link agreed on.
+    num_history]; offset tokens int32[sum of num_offsets]; offset values float32[the same]; masks
+    uint32[sum of num_mask_words]; hidden states (T, hidden_size) in the dtype that the link agreed
+    on.
     """
 
     TAG = 32

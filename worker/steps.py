@@ -17,7 +17,7 @@ import torch
 
 from engine.sampling import draw
 from engine.stage import StageRun
-from proto.codec import StepPayload, step_payload
+from proto.codec import StepPayload, mask_words, step_payload
 from proto.errors import Error, StepFailed
 from proto.free_memory import free_cpu_bytes
 from proto.messages import MAX_REASON_CHARS, Drawn, Fault, Run, Sampling, Step
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from worker.adapters import HeldAdapter
 
 INT32: Final = np.dtype("<i4")
+FLOAT32: Final = np.dtype("<f4")
+NO_SAMPLING: Final = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,9 @@ class Part:
     rows: slice  # of token ids and hidden states
     table: NDArray[np.int64]  # (num_blocks,)
     history: NDArray[np.int64]  # (num_history,)
+    offset_tokens: NDArray[np.int64]  # (num_offsets,)
+    offset_values: NDArray[np.float32]  # (num_offsets,)
+    mask: NDArray[np.uint8]  # (num_mask_words * 4,), a bit a token
     adapter: Adapter | None
 
 
@@ -179,23 +184,31 @@ class StepComputer:
         """The runs that nobody has judged yet and that may be computed."""
         tables = np.frombuffer(payload.tables, INT32).astype(np.int64)
         histories = np.frombuffer(payload.histories, INT32).astype(np.int64)
+        offset_tokens = np.frombuffer(payload.offset_tokens, INT32).astype(np.int64)
+        offset_values = np.frombuffer(payload.offset_values, FLOAT32)
+        masks = np.frombuffer(payload.masks, np.uint8)
         doubtful = (
             not _is_below(token_ids, self._stage.vocab_size)
             or not _is_below(tables, self._num_blocks)
             or not _is_below(histories, self._stage.vocab_size)
+            or not _is_below(offset_tokens, self._stage.vocab_size)
+            or not np.isfinite(offset_values).all()
         )
         judged = {fault.sequence for fault in step.faults}
         seen: set[int] = set()
         parts: list[Part] = []
-        row = entry = past = 0
+        row = entry = past = offset = mask = 0
         for run in step.runs:
-            num_history = run.sampling.num_history if run.sampling else 0
+            sampling = run.sampling or NO_SAMPLING
             held = None if run.adapter is None else self._adapters.get(run.adapter)
             part = Part(
                 run,
                 slice(row, row := row + run.num_tokens),
                 tables[entry : (entry := entry + run.num_blocks)],
-                histories[past : (past := past + num_history)],
+                histories[past : (past := past + sampling.num_history)],
+                offset_tokens[offset : offset + sampling.num_offsets],
+                offset_values[offset : (offset := offset + sampling.num_offsets)],
+                masks[mask : (mask := mask + 4 * sampling.num_mask_words)],
                 None if held is None else held.adapter,
             )
             if run.sequence in judged:
@@ -225,6 +238,12 @@ class StepComputer:
             return (
                 f"{run.num_blocks} blocks of {stage.block_tokens} tokens do not hold position {end}"
             )
+        sampling = run.sampling or NO_SAMPLING
+        if sampling.num_mask_words not in (0, mask_words(stage.vocab_size)):
+            return (
+                f"its mask has {sampling.num_mask_words} words, a vocabulary of "
+                f"{stage.vocab_size} takes {mask_words(stage.vocab_size)}"
+            )
         return None
 
     def _out_of_range(self, part: Part, token_ids: NDArray[np.int64]) -> str | None:
@@ -239,6 +258,10 @@ class StepComputer:
             return f"a token id is outside the vocabulary of {vocab_size}"
         if not _is_below(part.history, vocab_size):
             return f"the history has a token id outside the vocabulary of {vocab_size}"
+        if not _is_below(part.offset_tokens, vocab_size):
+            return f"an offset has a token id outside the vocabulary of {vocab_size}"
+        if not np.isfinite(part.offset_values).all():
+            return "an offset is no finite number"
         return None
 
     def _keep_finite(
@@ -280,8 +303,15 @@ class StepComputer:
 
     def _draw_one(self, part: Part, sampling: Sampling, logits: Tensor, outcome: Outcome) -> None:
         history = torch.from_numpy(part.history) if part.history.size else None
+        offsets = allowed = None
+        if part.offset_tokens.size:
+            values = part.offset_values.astype(np.float32)  # a copy that torch may call its own
+            offsets = (torch.from_numpy(part.offset_tokens), torch.from_numpy(values))
+        if part.mask.size:
+            bits = np.unpackbits(part.mask, count=self._stage.vocab_size, bitorder="little")
+            allowed = torch.from_numpy(bits).bool()
         try:
-            token, logprob, top = draw(logits, sampling, history)
+            token, logprob, top = draw(logits, sampling, history, offsets, allowed)
         except StepFailed as exc:
             self._fault(part.run, outcome, str(exc))
             return
@@ -313,7 +343,13 @@ def _is_below(numbers: NDArray[np.int64], end: int) -> bool:
 
 
 def _is_plain_greedy(sampling: Sampling) -> bool:
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1 and sampling.logprobs == 0
+    return (
+        sampling.temperature == 0
+        and sampling.repetition_penalty == 1
+        and sampling.logprobs == 0
+        and not sampling.num_offsets
+        and not sampling.num_mask_words
+    )
 
 
 def _reason(error: Exception, step: Step) -> str:

@@ -27,9 +27,9 @@ def logits_of(seed: int, spread: float = 2.0) -> Tensor:
 
 def counts(logits: Tensor, draws: int = DRAWS, **parameters: Any) -> Tensor:
     """How often each token is drawn by the counters 0, 1, ..."""
-    history = parameters.pop("history", None)
+    tensors = [parameters.pop(name, None) for name in ("history", "offsets", "allowed")]
     drawn = [
-        draw(logits, Sampling(temperature=temperature, draw=at, **rest), history)[0]
+        draw(logits, Sampling(temperature=temperature, draw=at, **rest), *tensors)[0]
         for temperature, rest in [(parameters.pop("temperature", 1.0), parameters)]
         for at in range(draws)
     ]
@@ -239,3 +239,40 @@ def test_extreme_temperatures_draw_a_token(temperature: float) -> None:
     token, _, _ = draw(logits, Sampling(temperature=temperature))
     if temperature < 1:
         assert token == int(logits.argmax())
+
+
+def test_offsets_are_added_behind_the_repetition_penalty():
+    logits = torch.tensor([2.0, 1.9, 0.5])
+    added = (torch.tensor([1, 0]), torch.tensor([0.2, -0.05]))
+    assert draw(logits, Sampling(), offsets=added)[0] == 1
+    halved = Sampling(repetition_penalty=2.0)
+    assert draw(logits, halved, torch.tensor([1]), added)[0] == 0
+    drawn = counts(logits, offsets=(torch.tensor([0, 1]), torch.tensor([-100.0, -100.0])))
+    assert drawn.tolist() == [0, 0, DRAWS]
+
+
+@pytest.mark.parametrize("parameters", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.5}])
+def test_what_the_mask_leaves_out_is_never_drawn(parameters: dict[str, Any]) -> None:
+    logits = logits_of(3)
+    allowed = torch.zeros(SIZE, dtype=torch.bool)
+    allowed[[4, 9, 17]] = True
+    drawn = counts(logits, 500, allowed=allowed, **parameters)
+    assert set(drawn.nonzero().flatten().tolist()) <= {4, 9, 17}
+    best = max([4, 9, 17], key=lambda token: float(logits[token]))
+    assert draw(logits, Sampling(), allowed=allowed)[0] == best
+
+
+def test_logprobs_do_not_know_of_offsets_and_masks():
+    logits = logits_of(5)
+    plain = draw(logits, Sampling(logprobs=3))
+    only = torch.arange(SIZE) == 2
+    token, logprob, top = draw(
+        logits, Sampling(logprobs=3), None, (torch.tensor([1]), torch.tensor([50.0])), only
+    )
+    assert token == 2 and top == plain[2]
+    assert logprob == pytest.approx(float(torch.log_softmax(logits.double(), -1)[2]))
+
+
+def test_a_mask_that_allows_nothing_is_an_error():
+    with pytest.raises(StepFailed, match="allows no token"):
+        draw(logits_of(1), Sampling(), allowed=torch.zeros(SIZE, dtype=torch.bool))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import struct
 
 import msgspec
 import pytest
@@ -165,6 +166,9 @@ def test_a_payload_is_cut_where_the_runs_say():
     assert parts.token_ids.cast("i").tolist() == [5, 6, 7]
     assert parts.tables.cast("i").tolist() == [0, 1, 2]
     assert parts.histories.cast("i").tolist() == [9]
+    assert parts.offset_tokens.cast("i").tolist() == [5, 8]
+    assert parts.offset_values.cast("f").tolist() == [1.5, -2.5]
+    assert parts.masks.cast("I").tolist() == [0x80000007]
     assert parts.hidden.cast("f").tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
 
 
@@ -172,13 +176,13 @@ def test_the_parts_of_a_payload_are_views_of_it():
     payload = bytearray(STEP_PAYLOAD)
     parts = step_payload(STEP, memoryview(payload), hidden_size=2, itemsize=4)
     parts.hidden[:4] = b"\xff" * 4
-    assert payload[28:32] == b"\xff" * 4
+    assert payload[48:52] == b"\xff" * 4
 
 
 @pytest.mark.parametrize("difference", [-1, 1, -len(STEP_PAYLOAD), 4])
 def test_a_payload_of_another_length_is_refused_with_the_numbers(difference):
     payload = memoryview(bytes(len(STEP_PAYLOAD) + difference))
-    with pytest.raises(RemoteProtocolError, match=f"{len(payload)} bytes.* announce 52 "):
+    with pytest.raises(RemoteProtocolError, match=f"{len(payload)} bytes.* announce 72 "):
         step_payload(STEP, payload, hidden_size=2, itemsize=4)
 
 
@@ -194,7 +198,7 @@ def test_runs_that_announce_more_than_memory_holds_are_refused_like_any_other():
         num_tokens=2**31 - 1,
         num_blocks=2**31 - 1,
         rope_length=0,
-        sampling=Sampling(num_history=2**31 - 1),
+        sampling=Sampling(num_history=2**31 - 1, num_offsets=2**31 - 1, num_mask_words=2**31 - 1),
     )
     step = Step(lease=LEASE, step=1, runs=[huge] * 4096)
     with pytest.raises(RemoteProtocolError, match="announce"):
@@ -208,7 +212,13 @@ runs = st.builds(
     num_tokens=st.integers(1, 9),
     num_blocks=st.integers(0, 9),
     rope_length=st.just(0),
-    sampling=st.none() | st.builds(Sampling, num_history=st.integers(0, 9)),
+    sampling=st.none()
+    | st.builds(
+        Sampling,
+        num_history=st.integers(0, 9),
+        num_offsets=st.integers(0, 9),
+        num_mask_words=st.integers(0, 9),
+    ),
 )
 
 
@@ -222,14 +232,21 @@ def test_what_is_packed_has_the_length_that_the_runs_announce(runs, hidden_size,
     num_tokens = sum(run.num_tokens for run in runs)
     num_blocks = sum(run.num_blocks for run in runs)
     num_history = sum(run.sampling.num_history for run in runs if run.sampling)
-    tables = pack_step_tables(range(num_tokens), range(num_blocks), range(num_history))
-    payload = memoryview(tables + bytes(num_tokens * hidden_size * itemsize))
+    num_offsets = sum(run.sampling.num_offsets for run in runs if run.sampling)
+    num_mask_words = sum(run.sampling.num_mask_words for run in runs if run.sampling)
+    offsets = [(at, -0.5 * at) for at in range(num_offsets)]
+    tables = pack_step_tables(range(num_tokens), range(num_blocks), range(num_history), offsets)
+    masks = struct.pack(f"<{num_mask_words}I", *range(num_mask_words))
+    payload = memoryview(tables + masks + bytes(num_tokens * hidden_size * itemsize))
     layout = step_layout(step, hidden_size, itemsize)
     parts = step_payload(step, payload, hidden_size, itemsize)
     assert len(payload) == layout.payload_bytes
     assert parts.token_ids.cast("i").tolist() == list(range(num_tokens))
     assert parts.tables.cast("i").tolist() == list(range(num_blocks))
     assert parts.histories.cast("i").tolist() == list(range(num_history))
+    assert parts.offset_tokens.cast("i").tolist() == list(range(num_offsets))
+    assert parts.offset_values.cast("f").tolist() == [-0.5 * at for at in range(num_offsets)]
+    assert parts.masks.cast("I").tolist() == list(range(num_mask_words))
 
 
 @pytest.mark.parametrize("number", [2**31, -(2**31) - 1, 1.5])

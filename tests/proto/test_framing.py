@@ -130,8 +130,8 @@ def test_a_stream_that_comes_byte_by_byte_is_read_all_the_same():
 
 
 def test_a_payload_in_several_buffers_arrives_as_one():
-    numbers = memoryview(bytearray(STEP_PAYLOAD[:28])).cast("i")
-    floats = memoryview(bytearray(STEP_PAYLOAD[28:])).cast("f", (3, 2))
+    numbers = memoryview(bytearray(STEP_PAYLOAD[:48])).cast("i")
+    floats = memoryview(bytearray(STEP_PAYLOAD[48:])).cast("f", (3, 2))
     buffers = encode_frame(STEP, [numbers, b"", floats, bytearray()])
     [frame] = FrameReader().receive(b"".join(buffers))
     assert frame.payload == STEP_PAYLOAD

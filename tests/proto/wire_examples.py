@@ -107,7 +107,14 @@ STEP = Step(
             num_blocks=2,
             rope_length=17,
             sampling=Sampling(
-                seed=7, draw=3, temperature=0.5, top_k=40, repetition_penalty=1.5, num_history=1
+                seed=7,
+                draw=3,
+                temperature=0.5,
+                top_k=40,
+                repetition_penalty=1.5,
+                num_history=1,
+                num_offsets=2,
+                num_mask_words=1,
             ),
             state_slot=4,
             adapter=1,
@@ -116,8 +123,15 @@ STEP = Step(
     faults=[Fault(sequence=3, worker="127.0.0.1:7710", reason="not a number")],
     compute_s=[0.25],
 )
-# Token ids 5 6 7, block tables 0 | 1 2, history 9, three hidden states two wide.
-STEP_PAYLOAD = struct.pack("<7i6f", 5, 6, 7, 0, 1, 2, 9, *(0.5 * n for n in range(6)))
+# Token ids 5 6 7, block tables 0 | 1 2, history 9, 1.5 more for token 5 and 2.5 less for token 8,
+# a mask that allows tokens 0 to 2 and 31, three hidden states two wide.
+STEP_PAYLOAD = struct.pack(
+    "<9i2fI6f",
+    *(5, 6, 7, 0, 1, 2, 9, 5, 8),
+    *(1.5, -2.5),
+    0x80000007,
+    *(0.5 * n for n in range(6)),
+)
 
 ADAPTER = AdapterFacts(
     name="medicine",

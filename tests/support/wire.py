@@ -74,6 +74,8 @@ class Part:
     blocks: Sequence[int] = ()  # default: as many as are needed, from 0
     sampling: Sampling | None = field(default_factory=Sampling)
     history: Sequence[int] = ()
+    offsets: Sequence[tuple[int, float]] = ()
+    mask: bytes = b""
     adapter: int | None = None
 
 
@@ -97,10 +99,11 @@ def pack(lease: bytes, step: int, parts: Sequence[Part]) -> tuple[Step, bytes, m
         )
     tokens = [token for part in parts for token in part.tokens]
     histories = [token for part in parts for token in part.history]
+    offsets = [offset for part in parts for offset in part.offsets]
     hidden = torch.cat([part.hidden for part in parts]).to(torch.float32).contiguous()
     return (
         Step(lease=lease, step=step, runs=runs),
-        pack_step_tables(tokens, tables, histories),
+        pack_step_tables(tokens, tables, histories, offsets) + b"".join(p.mask for p in parts),
         hidden.detach().numpy().data.cast("B"),
     )
 

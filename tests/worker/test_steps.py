@@ -97,6 +97,44 @@ def test_a_sequence_that_is_in_a_step_twice_is_a_fault(tail: Stage, part: Make) 
     assert [drawn.sequence for drawn in outcome.drawn] == [2]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "wrong", "reason"),
+    [
+        (Sampling(num_offsets=1), {"offsets": [(300, 1.0)]}, "an offset has a token id outside"),
+        (Sampling(num_offsets=1), {"offsets": [(1, float("nan"))]}, "an offset is no finite"),
+        (Sampling(num_mask_words=1), {"mask": bytes(4)}, "its mask has 1 words, a vocabulary"),
+        (Sampling(num_mask_words=4), {"mask": bytes(16)}, "the mask allows no token"),
+    ],
+)
+def test_offsets_and_masks_that_cannot_be_are_a_fault_of_one_sequence(
+    tail: Stage, part: Make, sampling: Sampling, wrong: dict[str, Any], reason: str
+) -> None:
+    assert tail.vocab_size == 128
+    bad = part(1, [1], blocks=[0], sampling=sampling, **wrong)
+    outcome = run(computer_of(tail), bad, part(2, [2], blocks=[1]), is_last=True)
+    assert [(fault.sequence, reason in fault.reason) for fault in outcome.faults] == [(1, True)]
+    assert [drawn.sequence for drawn in outcome.drawn] == [2]
+
+
+def test_each_sequence_of_a_step_has_its_own_offsets_and_mask(tail: Stage, part: Make) -> None:
+    mask = (1 << 40 | 1 << 41).to_bytes(16, "little")
+    parts = [
+        part(1, [1], blocks=[0], sampling=Sampling(num_offsets=1), offsets=[(7, 1e4)]),
+        part(2, [1], blocks=[1]),
+        part(3, [1], blocks=[2], sampling=Sampling(num_mask_words=4), mask=mask),
+        part(
+            4,
+            [1],
+            blocks=[3],
+            sampling=Sampling(num_mask_words=4, num_offsets=2),
+            offsets=[(7, 1e4), (41, 1e3)],
+            mask=mask,
+        ),
+    ]
+    tokens = [it.token for it in run(computer_of(tail), *parts, is_last=True).drawn]
+    assert tokens[0] == 7 and tokens[1] != 7 and tokens[2] in (40, 41) and tokens[3] == 41
+
+
 def test_a_history_outside_the_vocabulary_is_a_fault(tail: Stage, part: Make) -> None:
     sampling = Sampling(repetition_penalty=2.0, num_history=1)
     outcome = run(computer_of(tail), part(1, [1], sampling=sampling, history=[-1]), is_last=True)
