@@ -23,6 +23,11 @@ from proto.settings import Setting, find_settings, read_settings_file, settings_
 COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "generate": ("manager.generate", "generate", "Continue a prompt; text streams as it comes."),
     "batch": ("manager.batch", "batch", "Run a file of prompts, many at once."),
+    "serve": (
+        "manager.serve.command",
+        "serve",
+        "Serve an OpenAI-compatible API and a page that shows the pipeline.",
+    ),
     "workers": ("manager.workers", "workers", "Show which worker holds what, and how it fares."),
     "adapters": (
         "manager.adapters",

@@ -93,8 +93,13 @@ async def open_pipeline(
     max_sequences: int,
     max_tokens_hint: TokensHint | None,
     adapters: Collection[str] = (),
+    trace: Trace | None = None,
 ) -> AsyncIterator[Pipeline]:
-    """A pipeline for the block; then leases are given back and spawned workers ended."""
+    """A pipeline for the block; then leases are given back and spawned workers ended.
+
+    Args:
+        trace: told when each step was where, instead of the file that `config` names.
+    """
     async with _workers(config, notices, adapters) as workers:
         from manager.pipeline import Pipeline
         from manager.recovery import RecoverySettings
@@ -102,7 +107,7 @@ async def open_pipeline(
         recovery = RecoverySettings(timeout_s=config.recovery_timeout)
         if config.spawn is not None:  # a worker that died is being started again
             recovery = replace(recovery, resplit_after_s=None)
-        trace, event_log = _open_trace(config), None
+        trace, event_log = trace or _open_trace(config), None
         try:
             if config.event_log is not None:
                 event_log = EventLog(config.event_log)

@@ -11,7 +11,7 @@ from typing import Any
 
 from proto.errors import ModelError, RequestRefused, UsageError
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,22 @@ class Encoder:
             raise RequestRefused(f"the tokenizer makes no token of the prompt {text[:40]!r}.")
         return Prompt(ids, continues_text=True)
 
-    def encode_chat(self, messages: Sequence[Message]) -> Prompt:
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be prompts."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode_chat(self, messages: Sequence[Message], **template: Any) -> Prompt:
         """A conversation in the model's own chat template, up to where the answer begins.
 
+        Args:
+            template: what the template may look at beside the messages, as `tools`.
         Raises:
             UsageError: the model has no chat template.
             RequestRefused: there is no message, or the template does not take these.
         """
         self._check_text_is_understood()
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.has_chat_template:
             raise UsageError(
                 f"the tokenizer of {self.model_name} has no chat template: "
                 "give a plain prompt, without --chat and without messages."
@@ -64,7 +71,10 @@ class Encoder:
         check_messages(messages)
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **template,
             )
         except Exception as exc:  # jinja's errors, and whatever a template raises by itself
             raise RequestRefused(
@@ -96,10 +106,12 @@ def check_text(text: str) -> None:
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises RequestRefused where a conversation says nothing, or half a character."""
-    if not any(message.get("content") for message in messages):
+    if not any(message.get("content") or message.get("tool_calls") for message in messages):
         raise RequestRefused("the conversation is empty: write at least one character.")
     for message in messages:
-        _check_characters("the conversation", "".join(message.values()))
+        for part in message.values():
+            if isinstance(part, str):
+                _check_characters("the conversation", part)
 
 
 def _check_characters(name: str, text: str) -> None:

@@ -163,7 +163,7 @@ def connection_options(command: Command) -> Command:
         own = {name: value for name, value in own.items() if name in OF_BACKEND[backend]}
         model = values.pop("model")
         if backend == PIPELINE:
-            _settle_spawn_and_workers(own)
+            settle_spawn_and_workers(own)
             _check_quantize(own)
         else:
             own["server"] = _server_url(own["server"])
@@ -203,7 +203,7 @@ def _choose_backend(value: str) -> str:
     return chosen
 
 
-def _settle_spawn_and_workers(values: dict[str, Any]) -> None:
+def settle_spawn_and_workers(values: dict[str, Any]) -> None:
     """Of two settings, the one that was typed."""
     if values["spawn"] is None or values["workers"] is None:
         return

@@ -279,9 +279,14 @@ class Pipeline:
         """A plain prompt's tokens."""
         return self._encoder.encode(text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> Prompt:
+    def encode_chat(self, messages: Sequence[Message], **template: Any) -> Prompt:
         """A conversation's tokens, in the model's chat template."""
-        return self._encoder.encode_chat(messages)
+        return self._encoder.encode_chat(messages, **template)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be prompts."""
+        return self._encoder.has_chat_template
 
     async def stream(
         self,

@@ -25,6 +25,7 @@ from proto.messages import StepReport
 
 MANAGER_PID: Final = 0  # workers are numbered from 1 as they first report
 STEPS_LANE: Final = 0
+REQUEST_LANE: Final = 4  # of the manager, in the trace of one served request
 QUEUE_LANE, COMPUTE_LANE, SEND_LANE = 1, 2, 3
 LANES: Final = {QUEUE_LANE: "queue", COMPUTE_LANE: "compute", SEND_LANE: "send"}
 FLUSH_EVERY_S: Final = 1.0  # so much of the trace is lost if the manager is killed
@@ -35,15 +36,17 @@ Event = dict[str, Any]
 class TraceFile:
     """A trace that is being written; `manager.dispatcher.Trace`. Made by `open_trace`."""
 
-    def __init__(self, path: Path, stream: TextIO) -> None:
+    def __init__(self, path: Path, stream: TextIO, *, origin_s: float | None = None) -> None:
+        """`origin_s` is where the trace's time begins, by the monotonic clock; None: now."""
         self.path = path
         self.error: OSError | None = None  # why the trace ends early; the run goes on without it
         self._stream = stream
-        self._origin_s = self._flushed_s = time.monotonic()
+        self._flushed_s = time.monotonic()
+        self._origin_s = self._flushed_s if origin_s is None else origin_s
         self._is_first = True
         self._num_in_flight = 0
         self._lanes: dict[str, _WorkerLanes] = {}
-        self._name_lane(MANAGER_PID, "manager", {STEPS_LANE: "steps"})
+        self._name_lane(MANAGER_PID, "manager", {STEPS_LANE: "steps", REQUEST_LANE: "request"})
 
     # --- what is told ------------------------------------------------------------------------
 
@@ -84,6 +87,25 @@ class TraceFile:
         )
         self._span_begins(lanes.pid, SEND_LANE, "send", step, finished_s, arguments)
         self._span_ends(lanes.pid, SEND_LANE, "send", step, sent_s)
+
+    def request(self, name: str, at_s: float, first_s: float | None, end_s: float) -> None:
+        """A request from its coming to its first token, and to its end."""
+        parts = [("until the first token", at_s, first_s or end_s)]
+        if first_s is not None:
+            parts.append(("tokens", first_s, end_s))
+        for what, start_s, stop_s in parts:
+            self._write(
+                {
+                    "ph": "X",
+                    "name": what,
+                    "cat": "request",
+                    "pid": MANAGER_PID,
+                    "tid": REQUEST_LANE,
+                    "ts": self._us(start_s),
+                    "dur": round(1e6 * (stop_s - start_s), 1),
+                    "args": {"request": name},
+                }
+            )
 
     def close(self) -> None:
         """Nothing follows. Twice does no harm."""

@@ -1,0 +1,1 @@
+"""`manager serve`: the pipeline behind an OpenAI-compatible API, and a page to watch it."""

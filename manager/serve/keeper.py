@@ -1,0 +1,164 @@
+"""Keep a pipeline open: ready only after a real token went through every stage, and again after a
+loss.
+
+Owns the pipeline's life, and the reason why there is none. Knows no HTTP and no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from manager.connection import open_pipeline
+from manager.encoding import Prompt
+from manager.generation import GenerationOptions
+from manager.output import Notices
+from manager.serve.config import ServeConfig
+from manager.serve.errors import ApiError, not_ready
+from manager.serve.log import Log
+from proto.errors import Error
+
+if TYPE_CHECKING:
+    from manager.dispatcher import Trace
+    from manager.pipeline import Pipeline
+
+LOOK_EVERY_S: Final = 0.2
+RETRY_FIRST_S: Final = 0.5
+RETRY_MOST_S: Final = 5.0
+PROBE_TIMEOUT_S: Final = 120.0  # a small board's first step reads its weights from an SD card
+
+PROBE: Final = GenerationOptions(max_new_tokens=1, ignore_eos=True)
+
+
+class State(Enum):
+    """What the server can do now."""
+
+    LOADING = "loading"  # the pipeline is not open yet
+    READY = "ready"
+    LOST = "lost"  # a worker went away; the pipeline is being opened again
+    DRAINING = "draining"  # a signal came: what runs is finished
+
+
+class Keeper:
+    """The one pipeline of a server."""
+
+    def __init__(self, config: ServeConfig, log: Log, trace: Trace | None) -> None:
+        self._config, self._log, self._trace = config, log, trace
+        self._pipeline: Pipeline | None = None
+        self._state, self._reason = State.LOADING, "the workers are being looked at"
+        self._is_draining = False
+        self.losses = 0
+        self.last_loss: Error | None = None
+        self.opened = asyncio.Event()  # for the first time
+        self.adapters: dict[str, str] = {}  # model id -> what the pipeline calls it
+
+    @property
+    def state(self) -> State:
+        """Now: a pipeline may be lost before anybody noticed."""
+        if self._is_draining:
+            return State.DRAINING
+        if self._state is State.READY and self._pipeline is not None and self._pipeline.lost:
+            return State.LOST
+        return self._state
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing can be generated now; None where it can."""
+        if self._is_draining:
+            return "the server is shutting down"
+        state = self.state
+        if state is State.READY:
+            return None
+        if state is State.LOST and self._pipeline is not None:
+            return str(self._pipeline.lost)
+        return self._reason
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """For who looks only: it may be lost, or not ready yet."""
+        return self._pipeline
+
+    def ready_pipeline(self) -> Pipeline:
+        """The pipeline, for a request.
+
+        Raises:
+            ApiError: 503 with the reason.
+        """
+        reason = self.reason
+        if reason is not None or self._pipeline is None:
+            raise self.refusal(reason or "the workers are being looked at")
+        return self._pipeline
+
+    def refusal(self, reason: str) -> ApiError:
+        """What a request hears while nothing can be generated."""
+        return not_ready(f"not ready: {reason.rstrip('.')}.")
+
+    def drain(self) -> None:
+        """Take no request any more."""
+        self._is_draining = True
+
+    async def run(self) -> None:
+        """Until cancelled.
+
+        Raises:
+            Error: the pipeline could not be opened for the first time.
+        """
+        wait_s = RETRY_FIRST_S
+        while True:
+            try:
+                async with AsyncExitStack() as stack:
+                    pipeline = await self._open(stack)
+                    self._set(State.READY, "")
+                    self._log("ready", model=pipeline.model_name, workers=pipeline.holder)
+                    self.opened.set()
+                    wait_s = RETRY_FIRST_S
+                    await self._until_lost(pipeline)
+            except Error as exc:
+                if not self.opened.is_set():
+                    raise
+                self._set(State.LOST, str(exc))
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, RETRY_MOST_S)
+
+    async def _until_lost(self, pipeline: Pipeline) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)  # requests find out for themselves, and at once
+            if pipeline.lost is not None:
+                break
+        self.losses += 1
+        self.last_loss = pipeline.lost
+        self._set(State.LOST, str(pipeline.lost))
+        self._log("lost", reason=pipeline.lost)
+
+    async def _open(self, stack: AsyncExitStack) -> Pipeline:
+        """A pipeline through which a token went; it closes with the stack."""
+        wanted = dict(self._config.adapters)
+        pipeline = await stack.enter_async_context(
+            open_pipeline(
+                self._config.connection,
+                Notices(),
+                max_sequences=self._config.limits.max_concurrent,
+                max_tokens_hint=None,
+                adapters=tuple(wanted.values()),
+                trace=self._trace,
+            )
+        )
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                probe = await pipeline.generate(Prompt((0,)), PROBE)
+        except TimeoutError as exc:
+            raise Error(f"no token came through the workers in {PROBE_TIMEOUT_S:g} s") from exc
+        if probe.error is not None:
+            raise Error(f"no token goes through the workers: {probe.error}")
+        self.adapters = wanted
+        self._pipeline = pipeline
+        stack.callback(self._forget)
+        return pipeline
+
+    def _forget(self) -> None:
+        self._pipeline = None
+
+    def _set(self, state: State, reason: str) -> None:
+        self._state, self._reason = state, reason

@@ -1,0 +1,42 @@
+"""What the server says on stderr: one event a line, then key=value; text or JSON.
+
+    log("request", id="req_1f0c", status=200, tokens=17)
+    2026-07-01T12:00:00.123 request id=req_1f0c status=200 tokens=17
+
+Keys and values only: no prompt, no text, no API key ever gets here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+class Log:
+    """One stream of events."""
+
+    def __init__(self, log_format: str = "text") -> None:
+        self._is_json = log_format == "json"
+
+    def __call__(self, event: str, **values: object) -> None:
+        """Write one line; what is None is left out."""
+        kept = {name: value for name, value in values.items() if value is not None}
+        now_s = time.time()
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now_s))
+        at = f"{at}.{int(now_s % 1 * 1000):03d}"
+        if self._is_json:
+            said = {"time": at, "event": event, **kept}
+            line = json.dumps(said, ensure_ascii=False, default=str)
+        else:
+            line = " ".join([at, event, *(f"{name}={_plain(it)}" for name, it in kept.items())])
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:
+            pass  # nobody reads it
+
+
+def _plain(value: object) -> str:
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    is_one_word = text and not any(c.isspace() or c in '"=' for c in text)
+    return text if is_one_word else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,162 @@
+"""Functions that a request offers to the model: shown to it, forced on it, read back.
+
+Knows the chat template and OpenAI's words. How this model writes a call is learnt from the template
+(`manager.serve.tool_calls`); a grammar then sees to it that arguments follow their schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from manager.serve.errors import bad_value
+from manager.serve.requests import ChatRequest, Tool
+from manager.serve.tool_calls import CallFormat, CallReader, learn_format
+
+MAX_TOOLS: Final = 128
+ANY: Final[dict[str, Any]] = {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """What becomes of a request's tools."""
+
+    shown: list[dict[str, Any]] | None = None  # to the template
+    grammar: str | None = None
+    call_format: CallFormat | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether calls are looked for in the text."""
+        return self.call_format is not None
+
+    def reader(self) -> CallReader:
+        """For one choice."""
+        assert self.call_format is not None
+        return CallReader(self.call_format)
+
+
+class Tools:
+    """Calls of functions, by one model."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._format: CallFormat | None = None
+        self._is_learnt = False
+
+    def plan(self, request: ChatRequest) -> ToolPlan:
+        """What to do with a request's tools and its tool_choice.
+
+        Raises:
+            ApiError: the model has no calls, or the choice names none of the tools.
+        """
+        tools, choice = request.tools or [], request.tool_choice
+        if choice is None:
+            choice = "auto" if tools else "none"
+        if not tools:
+            if choice not in ("none", "auto"):
+                raise bad_value("tool_choice", "tool_choice wants a call, but there are no tools.")
+            return ToolPlan()
+        if len(tools) > MAX_TOOLS:
+            raise bad_value("tools", f"tools has {len(tools)} entries; at most {MAX_TOOLS} may be.")
+        shown = [_shown(tool) for tool in tools]
+        if choice == "none":
+            return ToolPlan(shown)
+        found = self._learnt()
+        if found is None:
+            raise bad_value(
+                "tools",
+                "the chat template of this model writes no calls of functions: leave out tools, or "
+                "use response_format with a JSON schema.",
+            )
+        if choice == "auto":
+            return ToolPlan(shown, _auto(found, tools), found)
+        chosen = _chosen(tools, choice)
+        many = bool(request.parallel_tool_calls) and choice == "required"
+        return ToolPlan(shown, _forced(found, chosen, many=many), found)
+
+    def _learnt(self) -> CallFormat | None:
+        if not self._is_learnt:
+            self._is_learnt = True
+            if getattr(self._tokenizer, "chat_template", None):
+                self._format = learn_format(
+                    lambda messages: str(
+                        self._tokenizer.apply_chat_template(messages, tokenize=False)
+                    )
+                )
+        return self._format
+
+
+def _shown(tool: Tool) -> dict[str, Any]:
+    if tool.type != "function":
+        raise bad_value("tools", f"a tool is of type {tool.type[:40]!r}; it must be function.")
+    function = {
+        name: value
+        for name, value in msgspec.structs.asdict(tool.function).items()
+        if value is not None and name != "strict"
+    }
+    return {"type": "function", "function": function}
+
+
+def _chosen(tools: Sequence[Tool], choice: str | dict[str, Any]) -> list[Tool]:
+    """Those that may be called."""
+    if choice == "required":
+        return list(tools)
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    chosen = [tool for tool in tools if tool.function.name == name]
+    if not chosen:
+        known = ", ".join(tool.function.name for tool in tools)
+        raise bad_value(
+            "tool_choice",
+            f"tool_choice names none of the tools ({known}); it is none, auto, required, or "
+            '{"type": "function", "function": {"name": ...}}.',
+        )
+    return chosen
+
+
+def _forced(found: CallFormat, tools: Sequence[Tool], *, many: bool) -> str:
+    """Nothing but calls."""
+    more = "(SPACE? call)*" if many and found.begin.strip() else ""
+    return f"{_HEAD}start: call {more}\n{_call_rules(found, tools)}"
+
+
+def _auto(found: CallFormat, tools: Sequence[Tool]) -> str | None:
+    """Any text; a call in it follows its function's schema."""
+    if found.begin.strip():
+        marker = json.dumps(found.begin.strip())
+        begin = f"BEGIN[lazy]: /(.|\\n)*/ {marker}\n"
+        return (
+            f"{_HEAD}start: (begun)* REST\nREST: /(.|\\n)*/\n"
+            f"begun: BEGIN SPACE? body\n{begin}{_call_rules(found, tools)}"
+        )
+    # Without a marker, an answer that begins as an object does is a call.
+    return (
+        f"{_HEAD}start: SPACE? call | TEXT\nTEXT: /[^{{ \\n](.|\\n)*/\n{_call_rules(found, tools)}"
+    )
+
+
+_HEAD: Final = "%llguidance {}\n"
+
+
+def _call_rules(found: CallFormat, tools: Sequence[Tool]) -> str:
+    begin = f"{json.dumps(found.begin)} " if found.begin else ""
+    end = f" {json.dumps(found.end)}" if found.end else ""
+    bodies = " | ".join(f"body_{at}" for at in range(len(tools)))
+    rules = [f"call: {begin}body", f"body: ({bodies}){end}", "SPACE: /[ \\n]{1,4}/"]
+    for at, tool in enumerate(tools):
+        schema = {
+            "type": "object",
+            "properties": {
+                found.name_key: {"const": tool.function.name},
+                found.arguments_key: tool.function.parameters or ANY,
+            },
+            "required": [found.name_key, found.arguments_key],
+            "additionalProperties": False,
+        }
+        rules.append(f"body_{at}: %json {json.dumps(schema)}")
+    return "\n".join(rules) + "\n"
