@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from manager.generation import Piece
+
 NAME: Final = "made_up_function"
+SPEECH: Final = "made up speech"
 KEY, VALUE = "made_up_key", "made_up_value"
 
 
@@ -24,6 +27,7 @@ class CallFormat:
     name_key: str
     arguments_key: str
     end: str
+    special: tuple[tuple[int, str], ...] = ()  # tokens of those two that have no text of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ def learn_format(render: Render) -> CallFormat | None:
                 {"role": "assistant", "content": "", "tool_calls": [{"id": "a1b2c3d4e", **call}]},
             ]
         )
-        without = render([asked, {"role": "assistant", "content": ""}])
+        without = render([asked, {"role": "assistant", "content": SPEECH}])
     except Exception:  # whatever a template raises by itself
         return None
     found = _object_around(with_call, with_call.find(f'"{NAME}"'))
@@ -66,18 +70,14 @@ def learn_format(render: Render) -> CallFormat | None:
     arguments_key = next((key for key, it in value.items() if it == {KEY: VALUE}), None)
     if name_key is None or arguments_key is None:
         return None
-    shared = 0  # what begins any answer of the assistant
-    while shared < start and with_call[shared] == without[shared : shared + 1]:
-        shared += 1
-    tail = with_call[end:]
-    same = 0  # what ends any answer
-    while same < len(tail) and tail[-1 - same :][:1] == without[-1 - same :][:1]:
-        same += 1
+    before, _, after = without.partition(SPEECH)  # what begins and ends any answer
+    if not with_call.startswith(before):
+        return None
     return CallFormat(
-        begin=with_call[shared:start].lstrip(),
+        begin=with_call[len(before) : start].lstrip(),
         name_key=name_key,
         arguments_key=arguments_key,
-        end=tail[: len(tail) - same].rstrip(),
+        end=with_call[end:].removesuffix(after).rstrip(),
     )
 
 
@@ -100,6 +100,11 @@ class CallReader:
             deltas.append(delta)
         return deltas
 
+    def shown(self, piece: Piece) -> str:
+        """The text of a piece, with what special tokens around a call look like."""
+        marks = [name for token, name in self._format.special if token in piece.token_ids]
+        return "".join(marks) + piece.text
+
     def end(self) -> list[Delta]:
         """No text follows: a call that is not whole is text after all."""
         deltas, self._held = ([Delta(text=self._held)] if self._held.strip() else []), ""
@@ -108,6 +113,8 @@ class CallReader:
     def _next(self) -> Delta | None:
         if not self._in_call:
             return self._text_before_call()
+        if "}" not in self._held:
+            return None
         start = self._held.find("{")
         found = None if start < 0 else _object_around(self._held, start)
         if found is None:
@@ -163,7 +170,7 @@ def _object_around(text: str, at: int) -> tuple[int, int, dict[str, Any]] | None
             value, end = decoder.raw_decode(text, start)
         except ValueError:
             return None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and end > at:
             return start, end, value
         start = text.rfind("{", 0, start)
     return None

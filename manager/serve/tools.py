@@ -7,8 +7,9 @@ Knows the chat template and OpenAI's words. How this model writes a call is lear
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
@@ -83,12 +84,23 @@ class Tools:
         if not self._is_learnt:
             self._is_learnt = True
             if getattr(self._tokenizer, "chat_template", None):
-                self._format = learn_format(
-                    lambda messages: str(
-                        self._tokenizer.apply_chat_template(messages, tokenize=False)
-                    )
-                )
+                self._format = learn_format(self._render)
+            if self._format is not None:
+                self._format = replace(self._format, special=self._special(self._format))
         return self._format
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def _special(self, found: CallFormat) -> tuple[tuple[int, str], ...]:
+        """The special tokens around a call: they have no text of their own when they come."""
+        return tuple(
+            (int(token), str(name))
+            for token, name in zip(
+                self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True
+            )
+            if name in found.begin or name in found.end
+        )
 
 
 def _shown(tool: Tool) -> dict[str, Any]:
@@ -128,11 +140,12 @@ def _forced(found: CallFormat, tools: Sequence[Tool], *, many: bool) -> str:
 def _auto(found: CallFormat, tools: Sequence[Tool]) -> str | None:
     """Any text; a call in it follows its function's schema."""
     if found.begin.strip():
-        marker = json.dumps(found.begin.strip())
-        begin = f"BEGIN[lazy]: /(.|\\n)*/ {marker}\n"
+        trigger = f"trigger: TEXT {_terms(found.begin.strip(), found)}"
+        if not any(name in found.begin for _, name in found.special):
+            trigger = trigger.replace("trigger:", "trigger[lazy]:")
         return (
-            f"{_HEAD}start: (begun)* REST\nREST: /(.|\\n)*/\n"
-            f"begun: BEGIN SPACE? body\n{begin}{_call_rules(found, tools)}"
+            f"{_HEAD}start: (trigger SPACE? body)* TEXT\nTEXT: /(.|\\n)*/\n{trigger}\n"
+            f"{_call_rules(found, tools)}"
         )
     # Without a marker, an answer that begins as an object does is a call.
     return (
@@ -140,12 +153,22 @@ def _auto(found: CallFormat, tools: Sequence[Tool]) -> str | None:
     )
 
 
+def _terms(text: str, found: CallFormat) -> str:
+    """A text in the grammar's words; special tokens are no text, but have numbers."""
+    if not found.special:
+        return json.dumps(text)
+    names = "|".join(re.escape(name) for _, name in found.special)
+    ids = {name: token for token, name in found.special}
+    parts = [part for part in re.split(f"({names})", text) if part]
+    return " ".join(f"<[{ids[it]}]>" if it in ids else json.dumps(it) for it in parts)
+
+
 _HEAD: Final = "%llguidance {}\n"
 
 
 def _call_rules(found: CallFormat, tools: Sequence[Tool]) -> str:
-    begin = f"{json.dumps(found.begin)} " if found.begin else ""
-    end = f" {json.dumps(found.end)}" if found.end else ""
+    begin = f"{_terms(found.begin, found)} " if found.begin else ""
+    end = f" {_terms(found.end, found)}" if found.end else ""
     bodies = " | ".join(f"body_{at}" for at in range(len(tools)))
     rules = [f"call: {begin}body", f"body: ({bodies}){end}", "SPACE: /[ \\n]{1,4}/"]
     for at, tool in enumerate(tools):

@@ -16,6 +16,7 @@ from tests.support.chains import (
     sections_of,
     start_all,
 )
+from tests.support.serving import Server
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,13 @@ def workers(tiny: TinyModel) -> Iterator[Workers]:
     """Two workers that hold the tiny model. Leave them as they are."""
     with ExitStack() as stack:
         yield start_all(stack, *sections_of(tiny.folder, 2, "--kv-memory", "64MB"))
+
+
+@pytest.fixture(scope="session")
+def server(workers: Workers) -> Iterator[Server]:
+    """`manager serve` over the shared workers. Leave it as it is."""
+    with Server("--workers", workers.option, "--max-concurrent", "256") as started:
+        yield started
 
 
 @pytest.fixture

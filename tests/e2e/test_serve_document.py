@@ -6,19 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.chains import Workers
 from tests.support.serving import Server
-
-
-@pytest.fixture(scope="module")
-def server(workers: Workers) -> Iterator[Server]:
-    with Server("--workers", workers.option, "--request-timeout", "20") as started:
-        yield started
 
 
 def test_the_server_answers_as_its_document_says(server: Server, tmp_path: Path) -> None:
