@@ -28,6 +28,9 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
         "serve",
         "Serve an OpenAI-compatible API and a page that shows the pipeline.",
     ),
+    "chat": ("manager.serve.chat_command", "chat", "Talk with the model of a server."),
+    "top": ("manager.serve.top_command", "top", "Show a server's workers, live."),
+    "report": ("manager.report", "report", "Draw what metrics files say, beside one another."),
     "workers": ("manager.workers", "workers", "Show which worker holds what, and how it fares."),
     "adapters": (
         "manager.adapters",

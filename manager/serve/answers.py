@@ -1,6 +1,6 @@
 """What clients read: OpenAI's objects, whole or as the events of a stream.
 
-Pure: pieces in, bytes out. A stream's events are put together from parts that are made once a
+Pieces in, bytes out. A stream's events are put together from parts that are made once a
 request, since one goes out for every token.
 """
 

@@ -1,6 +1,6 @@
 """Errors of the API, in OpenAI's shape: a status, a type, a code, and one sentence.
 
-Knows HTTP's numbers and the project's own errors; no server.
+Pure. Knows HTTP's numbers and the project's own errors; no server.
 """
 
 from __future__ import annotations
