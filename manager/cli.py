@@ -63,6 +63,8 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "task": ("manager.tasks.command", "task", ""),  # what a job's sbatch script calls on each node
 }
 
+COMPLETION_VARIABLE: Final = "_MANAGER_COMPLETE"  # click's own name for it
+
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130  # as shells report a command that SIGINT ended
@@ -97,6 +99,7 @@ class LazyGroup(click.Group):
             return None
         module, attribute, _ = self.lazy_commands[cmd_name]
         command: click.Command = getattr(import_module(module), attribute)
+        command.hidden = not self.lazy_commands[cmd_name][2]
         if not any(parameter.name == "debug" for parameter in command.params):
             command.params.append(debug_option())
         return command
@@ -236,6 +239,8 @@ manager = LazyGroup(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: run, say what went wrong in one line, leave with its exit code."""
+    if arguments is None and os.environ.get(COMPLETION_VARIABLE):
+        _complete(os.environ[COMPLETION_VARIABLE])
     ctx_meta: dict[str, Any] = {}
     quick_start()
     try:
@@ -250,6 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BaseException as exc:  # the one place where errors become words
         _leave(exc, debug=bool(ctx_meta.get("debug")), origins=ctx_meta.get("origins", {}))
     sys.exit(EXIT_DONE)
+
+
+def _complete(instruction: str) -> NoReturn:
+    """What a shell asks when Tab is pressed, and the script that makes it ask."""
+    from click.shell_completion import shell_complete
+
+    sys.exit(shell_complete(manager, {}, "manager", COMPLETION_VARIABLE, instruction))
 
 
 def _leave(exc: BaseException, *, debug: bool, origins: dict[str, str]) -> NoReturn:
