@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from tests.support.chains import TinyModel, Workers
+from tests.support.processes import ROOT
 from tests.support.serving import Server, until
 
 PROMPT = [5, 9, 40, 7]
@@ -363,6 +365,10 @@ def test_metrics_are_named_and_counted(server: Server) -> None:
     assert all(name.startswith("comboio_") for name in names)
     assert "comboio_worker_compute_seconds_total" in names
     assert "comboio_time_to_first_token_seconds_bucket" in names
+    for page in ("grafana.json", "serving.md"):
+        said = set(re.findall(r"comboio_[a-z_]*[a-z]", (ROOT / "docs" / page).read_text()))
+        families = {name.removesuffix("_bucket") for name in names} | {"comboio_worker"}
+        assert said - {"comboio_worker_"} <= names | families
 
 
 def test_a_request_has_one_id_in_its_answer_its_headers_and_the_log(server: Server) -> None:
