@@ -7,6 +7,7 @@ Owns the pipeline's life, and the reason why there is none. Knows no HTTP and no
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from manager.connection import open_pipeline
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions
+from manager.options import ConnectionConfig
 from manager.output import Notices
 from manager.serve.config import ServeConfig
 from manager.serve.errors import ApiError, not_ready
@@ -32,6 +34,9 @@ PROBE_TIMEOUT_S: Final = 120.0  # a small board's first step reads its weights f
 PROBE: Final = GenerationOptions(max_new_tokens=1, ignore_eos=True)
 
 
+Connect = Callable[[], Awaitable[ConnectionConfig]]
+
+
 class State(Enum):
     """What the server can do now."""
 
@@ -44,8 +49,16 @@ class State(Enum):
 class Keeper:
     """The one pipeline of a server."""
 
-    def __init__(self, config: ServeConfig, log: Log, trace: Trace | None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        log: Log,
+        trace: Trace | None,
+        connect: Connect | None = None,
+    ) -> None:
+        """`connect` says where the workers are, before each opening; None: where they were."""
         self._config, self._log, self._trace = config, log, trace
+        self._connect = connect
         self._pipeline: Pipeline | None = None
         self._state, self._reason = State.LOADING, "the workers are being looked at"
         self._is_draining = False
@@ -135,9 +148,12 @@ class Keeper:
     async def _open(self, stack: AsyncExitStack) -> Pipeline:
         """A pipeline through which a token went; it closes with the stack."""
         wanted = dict(self._config.adapters)
+        connection = self._config.connection
+        if self._connect is not None:
+            connection = await self._connect()
         pipeline = await stack.enter_async_context(
             open_pipeline(
-                self._config.connection,
+                connection,
                 Notices(),
                 max_sequences=self._config.limits.max_concurrent,
                 max_tokens_hint=None,

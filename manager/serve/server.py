@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import uvicorn
 
 from manager.serve.app import Api
 from manager.serve.config import ServeConfig
-from manager.serve.keeper import Keeper
+from manager.serve.keeper import Connect, Keeper
 from manager.serve.log import Log
 from manager.serve.traces import RequestTraces
 from proto.errors import UsageError
@@ -36,16 +36,24 @@ class Uvicorn(uvicorn.Server):
         yield
 
 
-async def run(config: ServeConfig) -> None:
-    """Serve until a signal, then finish what runs.
+async def run(
+    config: ServeConfig,
+    *,
+    connect: Connect | None = None,
+    on_ready: Callable[[str, str], None] = lambda url, model: None,
+) -> None:
+    """Serve until a signal, or until cancelled; then finish what runs.
 
+    Args:
+        connect: says where the workers are, each time that the pipeline is opened.
+        on_ready: told the address and the model's name, once.
     Raises:
         Error: there is no pipeline, or no socket, in one sentence.
     """
     api_keys = config.api_keys()
     log = Log(config.log_format)
     traces = None if config.trace_dir is None else RequestTraces(config.trace_dir, log)
-    keeper = Keeper(config, log, traces)
+    keeper = Keeper(config, log, traces, connect)
     api = Api(config, keeper, log, traces)
     with listening(config) as listener:
         host, port = listener.getsockname()[:2]
@@ -58,6 +66,7 @@ async def run(config: ServeConfig) -> None:
                 pipeline = keeper.pipeline
                 name = pipeline.model_name if pipeline is not None else ""
                 print(f"ready {url} model {name}", flush=True)
+                on_ready(url, name)
                 # A signal cancels this task, and not yet what it waits for.
                 await asyncio.shield(keeping)
             except asyncio.CancelledError:

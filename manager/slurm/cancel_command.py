@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import click
 
@@ -14,12 +16,19 @@ from manager.slurm.jobs import JOB_ID
 from manager.slurm.lookup import Found, JobBook, printable
 from proto.errors import JobError, UsageError
 
+# In the folder of a job that serves: the first task writes one and looks for the other.
+SERVING_FILE: Final = "serving.json"
+DRAIN_FILE: Final = "drain"
+
 
 @click.command()
 @click.argument("jobs", nargs=-1, metavar="JOB...")
 @click.option("--name", metavar="NAME", help="End all my jobs with this name instead.")
 def cancel(jobs: tuple[str, ...], name: str | None) -> None:
-    """End jobs. JOB is an id as `manager jobs` shows it."""
+    """End jobs. JOB is an id as `manager jobs` shows it.
+
+    A job that serves finishes the requests that run first.
+    """
     if bool(jobs) == (name is not None):
         raise UsageError("say which job to cancel: `manager cancel JOB`, or --name NAME.")
     book = JobBook.default(say)
@@ -35,6 +44,11 @@ def end(found: Found) -> str:
     """
     if found.job.is_over:
         return f"{found.title} was over already: it {_how(found.job)}."
+    if told_to_drain(found):
+        return (
+            f"told {found.title} to finish the requests that run, and to end; cancel it once more "
+            "to end it at once."
+        )
     try:
         run_slurm(["scancel", found.job_id], environ=os.environ)
     except SlurmRefused as exc:
@@ -42,6 +56,21 @@ def end(found: Found) -> str:
             return f"{found.title} was just ending by itself."
         raise JobError(f"{found.title} was not cancelled: {exc.said}.") from exc
     return f"cancelled {found.title}, which {_what_it_did(found.jobs)}."
+
+
+def told_to_drain(found: Found) -> bool:
+    """Ask a job that serves to end by itself; False: it does not serve, or was asked before."""
+    if found.record is None or found.job.is_waiting:
+        return False
+    folder = Path(found.record.folder)
+    told = folder / DRAIN_FILE
+    try:
+        if not (folder / SERVING_FILE).is_file() or told.exists():
+            return False
+        told.touch()
+    except OSError:
+        return False
+    return True
 
 
 def _by_id(book: JobBook, jobs: Sequence[str]) -> list[Found]:

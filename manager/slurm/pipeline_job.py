@@ -49,6 +49,7 @@ class PipelineJob:
     iters: int = 1
     prompt: str | None = None
     serve: bool = False
+    port: int = 0  # of --serve; 0: a free one
     dtype: str = "auto"
     quantize: str = "none"
     device: str = "auto"
@@ -60,26 +61,25 @@ class PipelineJob:
     part: tuple[int, int] | None = None  # (index, count): one task of an array runs these rows
 
     def __post_init__(self) -> None:
-        if self.serve:
-            raise UsageError(
-                "--serve comes with `manager serve`, which is not there yet: pass --prompts FILE "
-                "or --prompt TEXT."
-            )
-        if (self.prompts is None) == (self.prompt is None):
+        if [self.prompts is None, self.prompt is None, not self.serve].count(False) != 1:
             raise UsageError(
                 "say what the job is for: either --prompts FILE with --output FILE, or "
-                "--prompt TEXT."
+                "--prompt TEXT, or --serve."
             )
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port {self.port}: a port is a number from 0 to 65535.")
+        if self.port and not self.serve:
+            raise UsageError("--port belongs to --serve: leave it out.")
         if self.prompts is not None and self.output is None:
             raise UsageError("--prompts needs --output FILE.jsonl: the job's results go there.")
-        if self.prompt is not None:
+        if self.prompts is None:
             given = {"--output": self.output, "--metrics": self.metrics}
             for name, path in given.items():
                 if path is not None:
                     raise UsageError(
                         f"{name} belongs to --prompts: the text of --prompt goes to the job's log."
                     )
-            if not self.prompt:
+            if self.prompt == "":
                 raise UsageError("--prompt is empty: write at least one character.")
 
     def rows(self) -> list[Row]:
@@ -186,7 +186,12 @@ WORK_OPTIONS: Final = (
     BATCH_SIZE,
     ITERS,
     click.option("--prompt", metavar="TEXT", help="Or continue this one; it goes to the log."),
-    click.option("--serve", is_flag=True, help="Comes with `manager serve`; refused until then."),
+    click.option(
+        "--serve", is_flag=True, help="Or serve the API and the page until the job is cancelled."
+    ),
+    click.option(
+        "--port", type=int, default=0, metavar="N", help="Of --serve. Default: a free one."
+    ),
     CHAT,
     SYSTEM,
     click.option("--dtype", default="auto", metavar="NAME", help="As `worker --dtype`."),

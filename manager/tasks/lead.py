@@ -138,7 +138,12 @@ class Lead:
         """Run it, again where a worker went away and came back; where the sections are now."""
         while True:
             try:
-                await (self._generate(notes) if self._job.prompts is None else self._batch(notes))
+                if self._job.serve:
+                    await self._serve(notes)
+                elif self._job.prompts is None:
+                    await self._generate(notes)
+                else:
+                    await self._batch(notes)
                 return notes
             except Error as exc:
                 lost = _lost(exc)
@@ -171,6 +176,24 @@ class Lead:
                         f"{self._job.recovery_timeout_s:g} s"
                     ) from exc
             await asyncio.sleep(RETRY_S)
+
+    async def _serve(self, notes: Notes) -> None:
+        from manager.tasks.serving import serve_until_told
+
+        self.kept = "requests that ran were ended"
+
+        async def connect() -> ConnectionConfig:
+            """A worker that was lost comes back at another port."""
+            found = await self._all_ready(self._job.recovery_timeout_s)
+            return self._connection(found, trace=None)
+
+        await serve_until_told(
+            self._task,
+            self._job,
+            self._secret_file.parent,
+            self._connection(notes, trace=self._job.trace),
+            connect,
+        )
 
     async def _generate(self, notes: Notes) -> None:
         from manager import generate

@@ -7,6 +7,8 @@ import re
 import stat
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -338,3 +340,31 @@ def test_a_single_prompt_begins_again_when_a_worker_dies(slurm, at):
     worker.kill()
     assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(at, job)
     assert "is started anew" in log_of(at, job) and "300 tokens" in log_of(at, job)
+
+
+def test_a_job_serves_until_it_is_cancelled_and_finishes_what_runs(slurm, at):
+    job = submit(*(slurm, at, "--nodes", "2", "--serve"))
+    log = log_when(at, job, "from your own machine: ssh -N -L 8000:")
+    url = re.search(r"serving demo at (http://\S+);", log)[1]
+    key_file = at / "comboio-jobs" / job / "api-key"
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600 and "key is in" in log
+    key = key_file.read_text().strip()
+    assert key not in log
+
+    def ask(body: dict[str, object], authorization: str) -> urllib.request.addinfourl:
+        request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode())
+        request.add_header("authorization", authorization)
+        return urllib.request.urlopen(request, timeout=90)
+
+    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+        ask({"prompt": "import"}, "Bearer nothing")
+    refused.value.close()
+    endless = {"prompt": "import", "max_tokens": 250, "ignore_eos": True, "stream": True}
+    with ask(endless, f"Bearer {key}") as running:
+        assert running.readline().startswith(b"data: ")
+        answer = slurm.manager("cancel", job, check=True, cwd=at)
+        assert "finish the requests that run" in answer.stdout
+        events = running.read()
+    assert events.rstrip().endswith(b"data: [DONE]") and b'"finish_reason":"length"' in events
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(at, job)
+    assert "Traceback" not in log_of(at, job)
