@@ -9,7 +9,6 @@ BENCH  ?= all
 # Two for each core would fill a small machine's memory; one leaves cores idle while tests wait.
 TEST_PROCESSES ?= 3
 
-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
