@@ -55,6 +55,7 @@ class ChainKeeper:
         self.chain = chain
         self.settled = asyncio.Event()  # there is a chain, or nobody waits for one
         self.settled.set()
+        self.loss: WorkerLost | None = None  # what is being mended
         self._loaded, self._dispatcher, self._adapters = loaded, dispatcher, adapters
         self._lease, self._num_blocks = lease, num_blocks
         self._settings, self._trace, self._on_notice = settings, trace, on_notice
@@ -150,6 +151,7 @@ class ChainKeeper:
         else:
             self._dispatcher.suspend()
             self.settled.clear()
+            self.loss = lost
             self._on_notice(f"{lost}; {self._dispatcher.num_active} requests wait")
         self._mending = asyncio.ensure_future(self._mend(lost))
 
@@ -171,7 +173,7 @@ class ChainKeeper:
             self.give_up(WorkerLost(lost.worker, f"{lost.reason}; recovery failed: {exc}"))
             raise
         # Nothing is awaited from here on: who is lost later is lost by the new chain.
-        self._mending = None
+        self._mending = self.loss = None
         self._take(chain)
         held = ", ".join(
             f"{it.facts.start_layer}:{it.facts.end_layer} at {it.address}" for it in chain.links

@@ -232,6 +232,11 @@ class Pipeline:
         """
         return self._dispatcher.lost
 
+    @property
+    def mending(self) -> Error | None:
+        """The loss for which requests wait until there is another chain; None mostly."""
+        return self._keeper.loss
+
     def stats(self) -> Stats:
         """How many requests run and wait, and how much KV is free; for progress displays."""
         return self._dispatcher.stats()

@@ -42,7 +42,7 @@ class State(Enum):
 
     LOADING = "loading"  # the pipeline is not open yet
     READY = "ready"
-    LOST = "lost"  # a worker went away; the pipeline is being opened again
+    LOST = "lost"  # a worker went away; its place is being taken, or the pipeline opened again
     DRAINING = "draining"  # a signal came: what runs is finished
 
 
@@ -72,7 +72,7 @@ class Keeper:
         """Now: a pipeline may be lost before anybody noticed."""
         if self._is_draining:
             return State.DRAINING
-        if self._state is State.READY and self._pipeline is not None and self._pipeline.lost:
+        if self._state is State.READY and self._loss is not None:
             return State.LOST
         return self._state
 
@@ -84,8 +84,8 @@ class Keeper:
         state = self.state
         if state is State.READY:
             return None
-        if state is State.LOST and self._pipeline is not None:
-            return str(self._pipeline.lost)
+        if state is State.LOST and self._loss is not None:
+            return str(self._loss)
         return self._reason
 
     @property
@@ -94,11 +94,15 @@ class Keeper:
         return self._pipeline
 
     def ready_pipeline(self) -> Pipeline:
-        """The pipeline, for a request.
+        """The pipeline, for a request; one whose lost worker is being replaced lets it wait.
 
         Raises:
             ApiError: 503 with the reason.
         """
+        pipeline = self._pipeline
+        is_open = self._state is State.READY and pipeline is not None and pipeline.lost is None
+        if pipeline is not None and is_open and not self._is_draining:
+            return pipeline
         reason = self.reason
         if reason is not None or self._pipeline is None:
             raise self.refusal(reason or "the workers are being looked at")
@@ -135,15 +139,29 @@ class Keeper:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, RETRY_MOST_S)
 
+    @property
+    def _loss(self) -> Error | None:
+        """Why the pipeline that is open can generate nothing now."""
+        pipeline = self._pipeline
+        return None if pipeline is None else pipeline.lost or pipeline.mending
+
     async def _until_lost(self, pipeline: Pipeline) -> None:
-        while True:
+        mending = None
+        while pipeline.lost is None:
             await asyncio.sleep(LOOK_EVERY_S)  # requests find out for themselves, and at once
-            if pipeline.lost is not None:
-                break
-        self.losses += 1
-        self.last_loss = pipeline.lost
+            if pipeline.mending is not None and pipeline.mending is not mending:
+                self._note(pipeline.mending)
+            elif pipeline.mending is None and mending is not None and pipeline.lost is None:
+                self._log("going on", workers=pipeline.holder)
+            mending = pipeline.mending
+        if mending is None:
+            self._note(pipeline.lost)
         self._set(State.LOST, str(pipeline.lost))
-        self._log("lost", reason=pipeline.lost)
+
+    def _note(self, loss: Error) -> None:
+        self.losses += 1
+        self.last_loss = loss
+        self._log("lost", reason=loss)
 
     async def _open(self, stack: AsyncExitStack) -> Pipeline:
         """A pipeline through which a token went; it closes with the stack."""

@@ -149,15 +149,12 @@ def test_a_worker_that_dies_is_seen_and_the_page_goes_on_when_it_is_back(
         assert health.status == 503 and health.json["status"] == "lost"
         assert workers.addresses[1] in health.json["reason"]
         assert workers.addresses[1] in page.inner_text("#trouble")
-        refused = server.post("/v1/completions", {"prompt": "x"})
-        assert refused.status == 503 and "not ready" in refused.error
         stack.enter_context(WorkerProcess(*lines[1], "--listen", workers.addresses[1]))
         page.wait_for_selector(READY)
         page.wait_for_selector("#trouble.mended")
         page.wait_for_selector(".wagon.lost", state="detached")
         assert server.get("/health").status == 200
-        if page.locator("#stop:not([hidden])").count():
-            page.click("#stop")  # the stream itself went on
+        page.click("#stop")  # the stream itself went on
         settle(page)
         limit(page, max_tokens=5)
         page.click(".regenerate")
