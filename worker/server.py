@@ -337,7 +337,10 @@ def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: in
 
 
 def say_how_weights_are_held(stage: Stage) -> None:
-    """Log what is quantized, and what of the matrices is not."""
+    """Log what multiplies, what is quantized, and what of the matrices is not."""
+    from engine.kernels import native  # beside torch, which is here by now
+
+    log.info(f"kernels: {native.name()}")
     packed = stage.packed
     if packed.packing is None or not packed.packing.is_lossy:
         return
