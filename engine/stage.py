@@ -30,7 +30,6 @@ from engine.architecture import (
 from engine.attention import StageRun, StepContext
 from engine.checkpoint import Checkpoint
 from engine.kernels import native
-from engine.kernels.attention import MAX_RUN_TOKENS
 from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
 from engine.lean.fitting import fit_layers
 from engine.lora_layers import Adapter, applied
@@ -162,7 +161,8 @@ class Stage:
             cache=cache,
             device=self.device,
             rules=self._rules,
-            plainly=self._runs_plainly(len(hidden), runs),
+            # Adapters are applied to the modules that transformers' layers call.
+            plainly=any(run.adapter is not None for run in runs),
         )
         with applied([(run.adapter, run.num_tokens) for run in runs], self.device):
             return self._layers(token_ids, hidden, context)
@@ -189,15 +189,6 @@ class Stage:
             out = self._call(hidden.unsqueeze(0), torch.zeros_like(hidden[:, 0]).long(), context)
         logits: Tensor = out.logits[0]
         return logits.float()
-
-    def _runs_plainly(self, num_tokens: int, runs: Sequence[StageRun]) -> bool:
-        """Whether a step goes through the layers as transformers has them.
-
-        Adapters are applied to its modules. In float32, people compare with transformers' own
-        results: a prompt's are the same to the last bits then, and calls cost little beside them.
-        """
-        exact = self.dtype == torch.float32 and num_tokens > MAX_RUN_TOKENS
-        return exact or any(run.adapter is not None for run in runs)
 
     def _layers(self, token_ids: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         embeds = hidden.to(self.device).unsqueeze(0)
@@ -404,7 +395,8 @@ def _make_stage(
             packed=packed,
             feeds_token_ids=feeds_token_ids,
         )
-        if loader.device.type == "cpu":
+        # In float32 people compare with transformers' own results, to the last bits.
+        if loader.device.type == "cpu" and (dtype != torch.float32 or stage.packing is not None):
             fit_layers(stage)
         check_stage(stage)
     except (Error, MemoryError, torch.OutOfMemoryError):

@@ -103,8 +103,7 @@ async def test_two_hundred_streams_at_once_are_each_what_they_are_alone(server: 
                 model=server.model,
                 prompt=prompts[at % 40],
                 max_tokens=12,
-                temperature=0.8,
-                seed=at % 40,
+                temperature=0,  # a draw may lie between two tokens by less than float32 tells apart
                 stream=True,
                 stream_options={"include_usage": True},
             )

@@ -38,19 +38,26 @@ LEAN = [
 @pytest.mark.parametrize("kind", LEAN)
 def test_layers_of_the_usual_forms_run_lean(kind: str, tmp_path: Path) -> None:
     save_tiny(kind, tmp_path)
-    assert load_stage(str(tmp_path), sections=2, index=0).plain_layers == []
+    stage = load_stage(str(tmp_path), sections=2, index=0, dtype="bfloat16")
+    assert stage.plain_layers == []
 
 
 @pytest.mark.parametrize("kind", ["diffllama", "llama4", "deepseek_v3", "gemma4"])
 def test_layers_of_another_form_run_as_the_library_wrote_them(kind: str, tmp_path: Path) -> None:
     save_tiny(kind, tmp_path)
-    stage = load_stage(str(tmp_path), sections=2, index=1)
+    stage = load_stage(str(tmp_path), sections=2, index=1, dtype="bfloat16")
     assert stage.plain_layers == list(range(stage.start_layer, stage.end_layer))
 
 
 def test_a_setting_that_only_shows_at_other_numbers_keeps_a_layer_as_it_is(tmp_path: Path) -> None:
     # Clipped queries come out alike wherever none is large enough to be clipped.
     save_tiny("olmo", tmp_path, clip_qkv=1e6)
+    stage = load_stage(str(tmp_path), sections=1, index=0, dtype="bfloat16")
+    assert stage.plain_layers == [0, 1, 2, 3]
+
+
+def test_layers_in_float32_run_as_the_library_wrote_them(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
     assert load_stage(str(tmp_path), sections=1, index=0).plain_layers == [0, 1, 2, 3]
 
 
