@@ -23,7 +23,7 @@ from manager.links import WorkerLink
 from manager.options import SECRET_FILE, WORKERS
 from manager.tables import milliseconds, size, table
 from manager.topology import call_each, call_neighbours, close_all
-from proto.errors import Error
+from proto.errors import Error, WorkerLoading
 from proto.messages import AdapterFacts, Role, Status, WorkerFacts
 from proto.secret import read_secret_file
 
@@ -45,6 +45,7 @@ TITLES = (
     "ADAPTERS",
 )
 # What a worker is to the others that were named with it.
+LOADING = "loading"
 STAGE, SPARE, OTHER, ALONE = "stage", "spare", "not used", "-"
 
 
@@ -114,7 +115,8 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
     """Print what the workers say of themselves, in the order of their layers.
 
     Raises:
-        Error: one of them did not answer; those that did are printed all the same.
+        Error: one of them did not answer; those that did are printed all the same, and so are
+            those that are still loading.
     """
     secret = None if secret_file is None else read_secret_file(secret_file)
     if workers is None:
@@ -127,13 +129,29 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
     finally:
         await close_all(links, "done")
     views.sort(key=lambda it: (it.facts.start_layer, it.state != STAGE, it.address))
+    loading = [it for it in failures if isinstance(it, WorkerLoading)]
     if as_json:
-        click.echo(json.dumps([view.as_json() for view in views], ensure_ascii=False))
-    elif views:
-        click.echo(table(TITLES, [view.cells() for view in views]))
-    if failures:
-        raise failures[0]
-    remark_on_chain(views)
+        rows = [view.as_json() for view in views] + [loading_as_json(it) for it in loading]
+        click.echo(json.dumps(rows, ensure_ascii=False))
+    elif views or loading:
+        rows_of_cells = [view.cells() for view in views] + [loading_cells(it) for it in loading]
+        click.echo(table(TITLES, rows_of_cells))
+    failed = next((it for it in failures if not isinstance(it, WorkerLoading)), None)
+    if failed is not None:
+        raise failed
+    if not loading:  # else nobody knows yet what they will make up together
+        remark_on_chain(views)
+
+
+def loading_cells(worker: WorkerLoading) -> tuple[str, ...]:
+    """A row of the table for one that says nothing yet but how far it is."""
+    known = {"ADDRESS": worker.worker, "STATE": f"{LOADING} {worker.percent} %"}
+    return tuple(known.get(title, "-") for title in TITLES)
+
+
+def loading_as_json(worker: WorkerLoading) -> dict[str, Any]:
+    """The same, with the keys of the others that it has."""
+    return {"address": worker.worker, "state": LOADING, "percent": worker.percent}
 
 
 async def look_at(links: Sequence[WorkerLink]) -> list[WorkerView]:

@@ -49,6 +49,7 @@ from worker.config import (
     parse_kv_memory,
     parse_layers,
     parse_listen,
+    parse_metrics_listen,
     parse_stage_to,
 )
 
@@ -211,6 +212,11 @@ def _version() -> str:
     "(on a GPU: 70 %, no limit), divided by the sections where --listen is on this machine.",
 )
 @click.option(
+    "--metrics-listen",
+    metavar="HOST:PORT",
+    help="Show this worker's figures to Prometheus at http://HOST:PORT/metrics.",
+)
+@click.option(
     "--secret-file",
     metavar="FILE",
     help="Let in only who knows this file's content. Needed to listen beyond this machine.",
@@ -244,6 +250,7 @@ def worker(
     adapter: tuple[str, ...],
     stage_to: str | None,
     kv_memory: str | None,
+    metrics_listen: str | None,
     secret_file: str | None,
     insecure: bool,
     log_level: str,
@@ -287,6 +294,7 @@ def worker(
         adapters=parse_adapters(adapter),
         stage_to=None if stage_to is None else parse_stage_to(stage_to),
         kv_memory_bytes=None if kv_memory is None else parse_kv_memory(kv_memory),
+        metrics_listen=None if metrics_listen is None else parse_metrics_listen(metrics_listen),
         secret=None if secret_file is None else read_secret_file(secret_file),
         insecure=insecure,
     )

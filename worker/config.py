@@ -48,6 +48,7 @@ class WorkerConfig:
     adapters: tuple[tuple[str, str], ...] = ()  # (name, folder)
     stage_to: Path | None = None  # folder that the section's bytes are copied to first
     kv_memory_bytes: int | None = None  # None: a share of what is free
+    metrics_listen: Address | None = None  # None: nothing for Prometheus
     secret: bytes | None = None
     insecure: bool = False
 
@@ -79,6 +80,14 @@ class WorkerConfig:
                 f"--listen {self.listen} lets other machines in and there is no secret: pass "
                 "--secret-file FILE (the same file to the manager and every worker), or "
                 "--insecure where every machine that can reach this port is yours."
+            )
+
+        metrics = self.metrics_listen
+        if metrics is not None and not (is_loopback(metrics.host) or self.insecure):
+            raise UsageError(
+                f"--metrics-listen {metrics} lets every machine that can reach it read this "
+                "worker's figures, which no secret protects: listen on 127.0.0.1, or pass "
+                "--insecure where they may."
             )
 
     @property
@@ -144,6 +153,14 @@ def parse_listen(text: str) -> Address:
         return parse_address(text)
     except UsageError as exc:
         raise UsageError(f"--listen: {exc}") from exc
+
+
+def parse_metrics_listen(text: str) -> Address:
+    """Read the HOST:PORT of --metrics-listen."""
+    try:
+        return parse_address(text)
+    except UsageError as exc:
+        raise UsageError(f"--metrics-listen: {exc}") from exc
 
 
 def parse_layers(text: str) -> tuple[int, int]:

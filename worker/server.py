@@ -32,6 +32,7 @@ from worker.config import WorkerConfig, is_loopback
 from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
 from worker.memory import count_kv_blocks, is_out_of_memory
+from worker.metrics import Reading, listen_for_metrics
 from worker.resection import NOT_OVER_LINKS as NOT_OTHER_LAYERS
 from worker.resection import Held, Resections
 
@@ -98,16 +99,20 @@ class Server:
         self._service: Service | None = None  # None while loading
         self._stopped: asyncio.Future[str] = self._loop.create_future()  # the reason
         self._listen = str(config.listen)  # as it is bound, once it is
+        self._metrics: asyncio.Server | None = None
 
     async def run(self) -> bool:
         """From start to end; True if torch's thread is idle at the end."""
         listener = await self._bind()
         self._heed_signals()
         try:
+            await self._show_metrics()
             stage = await self._load_or_stop()
             if stage is not None:
                 await self._serve(stage)
         finally:
+            if self._metrics is not None:
+                self._metrics.close()
             is_idle = await self._leave(listener)
         return is_idle
 
@@ -132,6 +137,28 @@ class Server:
         self._listen = listener.address
         log.info("listening", extra=fields(address=self._listen))
         return listener
+
+    async def _show_metrics(self) -> None:
+        wanted = self._config.metrics_listen
+        if wanted is None:
+            return
+        if not is_loopback(wanted.host):
+            print(
+                f"worker: warning: --insecure: whoever can reach {wanted} can read this worker's "
+                "figures.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._metrics, address = await listen_for_metrics(wanted, self._reading)
+        log.info("metrics", extra=fields(address=address))
+
+    def _reading(self) -> Reading:
+        service = self._service
+        if service is None:
+            return Reading(self._listen, self._loading.percent, None)
+        percent = None if service.loading is None else service.loading.percent
+        facts = service.facts
+        return Reading(name_for_people(facts), percent, (facts, service.status()))
 
     async def _load_or_stop(self) -> Stage | None:
         """The stage, or None when the worker was told to stop before it was there."""

@@ -39,6 +39,7 @@ from proto.messages import (
     SectionHeld,
     SectionLoading,
     SectionRefused,
+    Status,
     StatusRequest,
     Step,
     UseAdapter,
@@ -430,8 +431,12 @@ class Service:
     # --- the rest ----------------------------------------------------------------------------
 
     def _status(self, link: Link, _frame: Frame) -> None:
+        answer(link, self.status())
+
+    def status(self) -> Status:
+        """How this worker fares now."""
         counters = self._counters
-        status = make_status(
+        return make_status(
             counters,
             received_bytes=counters.received_bytes + sum(it.received_bytes for it in self._links),
             sent_bytes=counters.sent_bytes + sum(it.sent_bytes for it in self._links),
@@ -445,7 +450,6 @@ class Service:
             room_bytes=self._resections.room_bytes(self._stage),
             working_s=self._compute.working_s,
         )
-        answer(link, status)
 
     def _lease_of(self, link: Link, lease_id: bytes) -> OpenLease:
         """The manager's own lease; another manager's counts as unknown."""

@@ -46,12 +46,15 @@ class Model(Protocol):
 class CheckpointModel:
     """A checkpoint, cut as the workers will cut it."""
 
-    def __init__(self, model: str, *, dtype: str, context: int | None) -> None:
+    def __init__(
+        self, model: str, *, dtype: str, context: int | None, quantize: str = "none"
+    ) -> None:
         self._model, self._dtype, self._context = model, dtype, context
+        self._quantize = quantize
 
     @cached_property
     def _whole(self) -> ModelPlan:
-        return make_plan(self._model, 1, dtype=self._dtype, context=self._context)
+        return self._plan(1)
 
     @property
     def name(self) -> str:
@@ -74,8 +77,17 @@ class CheckpointModel:
         return sum(section.kv_bytes for section in self._whole.sections)
 
     def largest_section_bytes(self, num_sections: int) -> int:
-        plan = make_plan(self._model, num_sections, dtype=self._dtype, context=self._context)
-        return max(section.weights_bytes + section.kv_bytes for section in plan.sections)
+        sections = self._plan(num_sections).sections
+        return max(section.weights_bytes + section.kv_bytes for section in sections)
+
+    def _plan(self, num_sections: int) -> ModelPlan:
+        return make_plan(
+            self._model,
+            num_sections,
+            dtype=self._dtype,
+            quantize=self._quantize,
+            context=self._context,
+        )
 
 
 class GgufModel:
@@ -114,15 +126,15 @@ class Need:
     fits_now: bool
 
 
-def open_model(model: str, *, dtype: str, context: int | None) -> Model:
-    """The model that `--model` names.
+def open_model(model: str, *, dtype: str, context: int | None, quantize: str = "none") -> Model:
+    """The model that `--model` names, as workers with these options will hold it.
 
     Raises:
         ModelError: it is missing, damaged, or of a kind that cannot be run.
     """
     if model.endswith(".gguf"):
         return GgufModel(Path(model).expanduser(), context=context)
-    return CheckpointModel(model, dtype=dtype, context=context)
+    return CheckpointModel(model, dtype=dtype, context=context, quantize=quantize)
 
 
 def needs(model: Model, nodes: Sequence[Node], *, gpu_bytes: int | None) -> Need:

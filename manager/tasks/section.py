@@ -19,6 +19,7 @@ from manager.tasks.node_address import own_address
 from manager.tasks.rendezvous import Rendezvous, TaskNote, TaskState
 from manager.tasks.slurm_task import SlurmTask
 from manager.worker_process import WorkerProcess, end_all
+from proto.cores import cores_each
 from proto.errors import Error, UsageError
 
 if TYPE_CHECKING:
@@ -130,10 +131,9 @@ class Section:
 
 
 def threads(task: SlurmTask) -> int:
-    """The CPU threads of a task: what Slurm gave it, at most the node's cores divided."""
-    cores = os.cpu_count() or 1
-    share = max(1, cores // task.num_local_tasks)
-    return min(task.cpus_per_task or share, max(1, cores))
+    """The CPU threads of a task: what Slurm gave it, at most the cores that it may run on."""
+    share = max(1, (task.cpus_on_node or cores_each(1)) // task.num_local_tasks)
+    return min(task.cpus_per_task or share, cores_each(1))
 
 
 def own_gpu(task: SlurmTask, environ: Mapping[str, str]) -> str | None:

@@ -29,6 +29,7 @@ class SlurmTask:
     num_nodes: int
     node_list: str  # compressed, as "node[1-3]"
     cpus_per_task: int | None
+    cpus_on_node: int | None = None  # of the step, for all its tasks there
     array: tuple[int, int] | None = None  # (index from 0, count), of a job array's task
 
     @property
@@ -47,6 +48,7 @@ def read_task(environ: Mapping[str, str]) -> SlurmTask:
         node_index = int(environ.get("SLURM_NODEID", "0"))
         local = _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
         cpus = environ.get("SLURM_CPUS_PER_TASK")
+        on_node = environ.get("SLURM_CPUS_ON_NODE")
         return SlurmTask(
             job_id=environ["SLURM_JOB_ID"],
             job_name=environ.get("SLURM_JOB_NAME", "job"),
@@ -60,6 +62,7 @@ def read_task(environ: Mapping[str, str]) -> SlurmTask:
             num_nodes=int(environ.get("SLURM_STEP_NUM_NODES") or environ["SLURM_JOB_NUM_NODES"]),
             node_list=environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"],
             cpus_per_task=int(cpus) if cpus else None,
+            cpus_on_node=int(on_node) if on_node else None,
             array=_array(environ),
         )
     except (KeyError, ValueError) as exc:
