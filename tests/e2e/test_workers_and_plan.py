@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from typing import Any
 
 import pytest
 
+from proto.errors import WorkerLoading
+from proto.link import listen
+from proto.messages import Hello, Welcome
 from tests.support.chains import sections_of
 
 
@@ -91,3 +97,30 @@ def test_what_cannot_be_planned_is_one_sentence(call, words, said):
     assert (answer.returncode, answer.stdout) == (2, "")
     assert said in answer.stderr
     assert len(answer.stderr.splitlines()) == 1
+
+
+def test_a_worker_that_loads_has_a_row_and_is_no_error(call):
+    def refuse(_hello: Hello) -> Welcome:
+        raise WorkerLoading("somewhere", 40)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+    listener = run(listen("127.0.0.1:0", welcome=refuse, on_link=lambda link: None))
+    try:
+        answer = call("workers", "--workers", listener.address)
+        told = call("workers", "--workers", listener.address, "--json")
+    finally:
+        run(listener.close("done"))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+    assert (answer.returncode, told.returncode) == (0, 0)
+    assert listener.address in answer.stdout and "loading 40 %" in answer.stdout
+    assert json.loads(told.stdout) == [
+        {"address": listener.address, "state": "loading", "percent": 40}
+    ]
