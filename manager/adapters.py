@@ -20,13 +20,13 @@ from manager.adapter_loading import add_everywhere, check_same, drop_everywhere
 from manager.addresses import parse_addresses
 from manager.cli import CONTEXT_SETTINGS, LazyGroup, say
 from manager.links import WorkerLink
-from manager.options import SECRET_FILE, WORKERS
+from manager.options import WORKERS, key_options
 from manager.tables import size, table
 from manager.topology import call_all, call_neighbours, close_all
 from proto.adapter_name import check_adapter_name, parse_adapter
 from proto.errors import AdapterError, UsageError
+from proto.keys import Keys
 from proto.messages import AdapterFacts, Role
-from proto.secret import read_secret_file
 
 TITLES: Final = ("ADAPTER", "WORKER", "LAYERS", "MODULES", "MEMORY", "LEASES", "CONTENT", "FOLDER")
 
@@ -44,33 +44,33 @@ class _Group(LazyGroup):
 
 @click.command("list")
 @WORKERS
-@SECRET_FILE
+@key_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
-def list_command(workers: str | None, secret_file: Path | None, as_json: bool) -> None:
+def list_command(workers: str | None, keys: Keys, as_json: bool) -> None:
     """Show which adapters each worker holds, and how many managers use them."""
-    event_loop.run(show(workers, secret_file, as_json=as_json))
+    event_loop.run(show(workers, keys, as_json=as_json))
 
 
 @click.command("add")
 @click.argument("adapter", metavar="NAME=DIR")
 @WORKERS
-@SECRET_FILE
-def add_command(adapter: str, workers: str | None, secret_file: Path | None) -> None:
+@key_options
+def add_command(adapter: str, workers: str | None, keys: Keys) -> None:
     """Load an adapter on all workers, or on none; requests can name it from then on.
 
     DIR is a folder on the workers' machines, the same path on each.
     """
     name, folder = parse_adapter(adapter)
-    event_loop.run(add(name, _absolute(folder), workers, secret_file))
+    event_loop.run(add(name, _absolute(folder), workers, keys))
 
 
 @click.command("drop")
 @click.argument("name")
 @WORKERS
-@SECRET_FILE
-def drop_command(name: str, workers: str | None, secret_file: Path | None) -> None:
+@key_options
+def drop_command(name: str, workers: str | None, keys: Keys) -> None:
     """Take an adapter away from all workers. Sequences that use it run to their end with it."""
-    event_loop.run(drop(check_adapter_name(name), workers, secret_file))
+    event_loop.run(drop(check_adapter_name(name), workers, keys))
 
 
 COMMANDS: Final = {
@@ -87,7 +87,7 @@ adapters = _Group(
 )
 
 
-async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) -> None:
+async def show(workers: str | None, keys: Keys, *, as_json: bool) -> None:
     """Print what each worker holds; a remark on stderr where they do not hold the same.
 
     Raises:
@@ -97,7 +97,7 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
     async def look(links: Sequence[WorkerLink]) -> list[list[AdapterFacts]]:
         return await asyncio.gather(*(link.adapters() for link in links))
 
-    links, held = await _with_links(look, workers, secret_file, Role.OBSERVER)
+    links, held = await _with_links(look, workers, keys, Role.OBSERVER)
     if as_json:
         found = [
             {"address": str(link.address), "adapters": [msgspec.structs.asdict(it) for it in its]}
@@ -119,7 +119,7 @@ async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) 
         say("the workers hold no adapter: add one with `manager adapters add NAME=DIR`.")
 
 
-async def add(name: str, folder: str, workers: str | None, secret_file: Path | None) -> None:
+async def add(name: str, folder: str, workers: str | None, keys: Keys) -> None:
     """Load one on all workers.
 
     Raises:
@@ -127,7 +127,7 @@ async def add(name: str, folder: str, workers: str | None, secret_file: Path | N
         Error: a worker does not answer.
     """
     links, held = await _with_links(
-        lambda links: add_everywhere(links, name, folder), workers, secret_file, Role.MANAGER
+        lambda links: add_everywhere(links, name, folder), workers, keys, Role.MANAGER
     )
     num_modules = sum(it.num_modules for it in held)
     if not num_modules:
@@ -138,7 +138,7 @@ async def add(name: str, folder: str, workers: str | None, secret_file: Path | N
     )
 
 
-async def drop(name: str, workers: str | None, secret_file: Path | None) -> None:
+async def drop(name: str, workers: str | None, keys: Keys) -> None:
     """Take one away from all workers.
 
     Raises:
@@ -146,7 +146,7 @@ async def drop(name: str, workers: str | None, secret_file: Path | None) -> None
         Error: a worker does not answer.
     """
     _, dropped = await _with_links(
-        lambda links: drop_everywhere(links, name), workers, secret_file, Role.MANAGER
+        lambda links: drop_everywhere(links, name), workers, keys, Role.MANAGER
     )
     used = max(it.leases for it in dropped)
     later = f"; {_count(used, 'manager')} still use it, until their sequences end" if used else ""
@@ -156,15 +156,14 @@ async def drop(name: str, workers: str | None, secret_file: Path | None) -> None
 async def _with_links(
     act: Callable[[Sequence[WorkerLink]], Awaitable[T]],
     workers: str | None,
-    secret_file: Path | None,
+    keys: Keys,
     role: Role,
 ) -> tuple[list[WorkerLink], T]:
     """Call the workers, act, and leave; in the order of their layers."""
-    secret = None if secret_file is None else read_secret_file(secret_file)
     if workers is None:
-        links = await call_neighbours(role, secret)
+        links = await call_neighbours(role, keys)
     else:
-        links = await call_all(parse_addresses([workers]), role, secret)
+        links = await call_all(parse_addresses([workers]), role, keys)
     links = sorted(links, key=lambda it: (it.facts.start_layer, str(it.address)))
     try:
         return links, await act(links)

@@ -183,6 +183,7 @@ async def _trace(config: BenchConfig, field: Field, notices: Notices) -> Path | 
         Path(path),
         config.cases[-1],
         secret_file=config.connection.secret_file,
+        tls=config.connection.tls,
         model=config.connection.model,
     )
     notices.clear()

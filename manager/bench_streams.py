@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from manager.generation import GenerationOptions
 from proto.errors import Error
+from proto.tls import TlsFiles
 
 if TYPE_CHECKING:
     from manager.bench_rounds import Case
@@ -141,6 +142,7 @@ async def record_trace(
     *,
     model: str | None,
     secret_file: Path | None = None,
+    tls: TlsFiles | None = None,
 ) -> None:
     """Run a case once more over the same workers, with a trace of every step at `path`."""
     from manager.pipeline import Pipeline
@@ -153,6 +155,7 @@ async def record_trace(
         pipeline.addresses,
         model=model,
         secret_file=secret_file,
+        tls=tls,
         max_sequences=case.streams,
         max_tokens_hint=case.prompt_tokens + case.new_tokens + 1,
         trace=open_trace(path),

@@ -37,6 +37,8 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
         "adapters",
         "Show, add and drop the adapters that workers hold.",
     ),
+    "secret": ("manager.keys_command", "secret", "Make the secret that machines share."),
+    "tls": ("manager.keys_command", "tls", "Make certificates with which links are encrypted."),
     "plan": ("manager.plan", "plan", "Show how a model would be cut into sections."),
     "bench": ("manager.bench", "bench", "Measure how fast the pipeline is, against others too."),
     "replay": ("manager.replay", "replay", "Have the scheduler decide a logged run anew."),

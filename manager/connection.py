@@ -115,6 +115,7 @@ async def open_pipeline(
                 workers,
                 model=config.model,
                 secret_file=config.secret_file,
+                tls=config.tls,
                 max_sequences=max_sequences,
                 max_tokens_hint=max_tokens_hint,
                 recovery=recovery,
@@ -148,6 +149,7 @@ async def _workers(
         model=config.model,
         quantize=config.quantize,
         secret_file=config.secret_file,
+        tls=config.tls,
         adapters=spawned_adapters(adapters),
     )
     started_s = time.monotonic()

@@ -15,6 +15,7 @@ from typing import Final
 from manager.links import WorkerLink, open_link
 from proto.address import Address
 from proto.errors import Error, WorkerLoading, WorkerLost
+from proto.keys import Keys
 from proto.messages import LinkLost, Role
 
 FIRST_CALL_S: Final = 0.05
@@ -46,11 +47,11 @@ class Crew:
         links: Iterable[WorkerLink],
         absent: Mapping[Address, Error],
         *,
-        secret: bytes | None,
+        keys: Keys,
         on_lost: Callable[[WorkerLink, WorkerLost], None],
         on_link_lost: Callable[[WorkerLink, LinkLost, int], None],
     ) -> None:
-        self._secret, self._on_lost, self._on_link_lost = secret, on_lost, on_link_lost
+        self._keys, self._on_lost, self._on_link_lost = keys, on_lost, on_link_lost
         self._links: dict[Address, WorkerLink] = {}
         self.absent = {address: Absentee(str(error)) for address, error in absent.items()}
         self._changed = asyncio.Event()
@@ -118,7 +119,7 @@ class Crew:
         pause_s = FIRST_CALL_S
         while True:
             try:
-                link = await open_link(address, role=Role.MANAGER, secret=self._secret)
+                link = await open_link(address, role=Role.MANAGER, keys=self._keys)
             except WorkerLoading as loading:
                 if loading.percent != absentee.percent:
                     self.progressed_s = time.monotonic()

@@ -21,6 +21,7 @@ from manager.recovery import Recovery, RecoverySettings
 from manager.resplit import Resplit
 from manager.topology import OpenChain
 from proto.errors import WorkerLost
+from proto.keys import Keys
 from proto.messages import LinkLost, Status, Step, StepReport, WorkerFacts
 
 # A board may need seconds for a token and a minute for a chunk of a prompt; ten of them mean that
@@ -47,7 +48,7 @@ class ChainKeeper:
         *,
         lease: bytes,
         num_blocks: int,
-        secret: bytes | None,
+        keys: Keys,
         settings: RecoverySettings,
         trace: Trace | None,
         on_notice: Callable[[str], None],
@@ -64,7 +65,7 @@ class ChainKeeper:
         self._crew = Crew(
             [*chain.links, *chain.others],
             chain.absent,
-            secret=secret,
+            keys=keys,
             on_lost=self._worker_lost,
             on_link_lost=self._next_lost,
         )

@@ -17,6 +17,7 @@ from engine.sections import Section
 from proto.address import Address
 from proto.errors import AdapterError, WorkerLost, WorkerRefused
 from proto.framing import Buffer, Frame
+from proto.keys import NO_KEYS, Keys
 from proto.link import Link, connect
 from proto.messages import (
     AdapterDone,
@@ -378,16 +379,17 @@ async def open_link(
     address: Address,
     *,
     role: Role = Role.MANAGER,
-    secret: bytes | None = None,
+    keys: Keys = NO_KEYS,
 ) -> WorkerLink:
     """Call a worker and hear what it holds.
 
     Raises:
         WorkerUnreachable: nobody answers there.
         WorkerRefused: it does not want this manager now, in its own words.
-        ProtocolError: what answers is no worker of this protocol, or knows another secret.
+        ProtocolError: what answers is no worker of this protocol, or knows another secret or shows
+            a certificate that we do not trust.
     """
-    link = await connect(str(address), role=role, agent=agent(), secret=secret)
+    link = await connect(str(address), role=role, agent=agent(), secret=keys.secret, tls=keys.tls)
     assert link.welcome is not None
     return WorkerLink(link, address, link.welcome.worker)
 

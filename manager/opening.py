@@ -16,6 +16,7 @@ from manager.encoding import Encoder
 from manager.text import Vocabulary
 from manager.topology import OpenChain, open_chain
 from proto.errors import ModelError, WorkerLoading
+from proto.keys import Keys
 from proto.messages import Role, WorkerFacts
 
 if TYPE_CHECKING:
@@ -71,24 +72,24 @@ class Loaded:
 
 
 async def look(
-    workers: str | Sequence[str] | None, secret: bytes | None, on_progress: OnProgress
+    workers: str | Sequence[str] | None, keys: Keys, on_progress: OnProgress
 ) -> WorkerFacts:
     """What the workers hold; they are known to make up a chain, as far as that goes.
 
     Waits for workers that are loading, as long as they get on with it.
     """
-    chain = await _open_loaded_chain(workers, secret, on_progress)
+    chain = await _open_loaded_chain(workers, keys, on_progress)
     await chain.close("only looked")
     return chain.facts[0]
 
 
 async def _open_loaded_chain(
-    workers: str | Sequence[str] | None, secret: bytes | None, on_progress: OnProgress
+    workers: str | Sequence[str] | None, keys: Keys, on_progress: OnProgress
 ) -> OpenChain:
     said, give_up_s = "", 0.0
     while True:
         try:
-            return await open_chain(workers, role=Role.OBSERVER, secret=secret)
+            return await open_chain(workers, role=Role.OBSERVER, keys=keys)
         except WorkerLoading as loading:
             if str(loading) != said:
                 said, give_up_s = str(loading), time.monotonic() + LOADING_STALLS_S

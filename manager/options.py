@@ -17,6 +17,8 @@ from click.core import ParameterSource
 
 from manager.generation import GREEDY, GenerationOptions
 from proto.errors import UsageError
+from proto.keys import read_keys
+from proto.tls import TlsFiles, tls_files
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,6 +37,7 @@ class ConnectionConfig:
     quantize: str = "none"  # of those that are started here
     model: str | None = None  # None: what the workers hold
     secret_file: Path | None = None
+    tls: TlsFiles | None = None
     trace: Path | None = None
     event_log: Path | None = None
     recovery_timeout: float = 30.0  # seconds that requests wait when a worker is lost
@@ -70,6 +73,17 @@ SECRET_FILE: Final = click.option(
     metavar="FILE",
     help="The secret that the workers were started with.",
 )
+TLS: Final = tuple(
+    click.option(
+        name, type=click.Path(path_type=Path), metavar="FILE", help=f"Encrypt links: {what}, PEM."
+    )
+    for name, what in (
+        ("--tls-cert", "this machine's certificate"),
+        ("--tls-key", "its private key"),
+        ("--tls-ca", "the certificate of the authority that signed both sides'"),
+    )
+)
+TLS_NAMES: Final = ("tls_cert", "tls_key", "tls_ca")
 MODEL: Final = click.option(
     "--model", metavar="DIR|HUB_ID", help="Checkpoint. Default: what the workers hold."
 )
@@ -140,13 +154,14 @@ API_KEY_FILE: Final = click.option(
 # The options that have a meaning with one backend only.
 OF_BACKEND: Final = {
     PIPELINE: (
-        *("workers", "spawn", "quantize", "secret_file", "trace"),
+        *("workers", "spawn", "quantize", "secret_file", *TLS_NAMES, "trace"),
         *("recovery_timeout", "event_log"),
     ),
     LLAMA_SERVER: ("server", "api_key_file"),
 }
 OPTIONS: Final = (
-    *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, TRACE, RECOVERY_TIMEOUT, EVENT_LOG),
+    *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, *TLS, TRACE, RECOVERY_TIMEOUT),
+    EVENT_LOG,
     *(SERVER, API_KEY_FILE),
 )
 
@@ -163,6 +178,7 @@ def connection_options(command: Command) -> Command:
         own = {name: value for name, value in own.items() if name in OF_BACKEND[backend]}
         model = values.pop("model")
         if backend == PIPELINE:
+            own["tls"] = pop_tls(own)
             settle_spawn_and_workers(own)
             _check_quantize(own)
         else:
@@ -201,6 +217,35 @@ def _choose_backend(value: str) -> str:
             raise UsageError(f"{stranger} is for a llama-server: pass --server URL as well.")
         raise UsageError(f"{stranger} means nothing to a {chosen}: leave out {stranger} or {why}.")
     return chosen
+
+
+def pop_tls(values: dict[str, Any]) -> TlsFiles | None:
+    """What the options of `TLS` were given, taken out of `values`.
+
+    Raises:
+        UsageError: some were given and some were not.
+    """
+    return tls_files(*(values.pop(name) for name in TLS_NAMES))
+
+
+def tls_options(command: Command) -> Command:
+    """Add the options of `TLS` as they are."""
+    wrapped: Any = command
+    for option in reversed(TLS):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[no-any-return]
+
+
+def key_options(command: Command) -> Command:
+    """Add --secret-file and the options of TLS; the command gets both read, as `keys`."""
+
+    @wraps(command)
+    def with_keys(*args: Any, **values: Any) -> Any:
+        tls = pop_tls(values)
+        return command(*args, keys=read_keys(values.pop("secret_file"), tls), **values)
+
+    wrapped: Any = SECRET_FILE(tls_options(with_keys))
+    return wrapped  # type: ignore[no-any-return]
 
 
 def settle_spawn_and_workers(values: dict[str, Any]) -> None:

@@ -36,8 +36,9 @@ from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
 from manager.topology import OpenChain, open_chain
 from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
+from proto.keys import Keys, read_keys
 from proto.messages import Status, Step, WorkerFacts
-from proto.secret import read_secret_file
+from proto.tls import TlsFiles
 
 # One prefill chunk: large enough to keep torch's threads busy, small enough that the decode
 # tokens beside it do not wait long.
@@ -62,7 +63,7 @@ class Pipeline:
         *,
         lease: bytes,
         num_blocks: int,
-        secret: bytes | None,
+        keys: Keys,
         recovery: RecoverySettings,
         trace: Trace | None,
         event_log: EventLog | None,
@@ -102,7 +103,7 @@ class Pipeline:
             self._adapters,
             lease=lease,
             num_blocks=num_blocks,
-            secret=secret,
+            keys=keys,
             settings=recovery,
             trace=trace,
             on_notice=on_notice,
@@ -115,6 +116,7 @@ class Pipeline:
         *,
         model: str | None = None,
         secret_file: str | Path | None = None,
+        tls: TlsFiles | None = None,
         max_sequences: int = 16,
         max_tokens_hint: TokensHint | None = None,
         recovery: RecoverySettings = RECOVERY,
@@ -129,6 +131,7 @@ class Pipeline:
             workers: HOST:PORT of every worker, in any order; None: the neighbours of
                 127.0.0.1:7710. Of several that hold the same section, all but one are spares.
             model: folder or hub id, for tokenizer and embeddings; None: what the workers hold.
+            secret_file, tls: what the workers were started with.
             max_sequences: how many requests should run at the same time.
             max_tokens_hint: how long they will be, prompt included; a function is given the
                 model's encoder to count with. More requests, or longer ones, wait or end early.
@@ -142,9 +145,9 @@ class Pipeline:
         """
         if max_sequences < 1:
             raise UsageError(f"max_sequences is {max_sequences}: at least 1 request must run.")
-        secret = None if secret_file is None else read_secret_file(secret_file)
+        keys = read_keys(secret_file, tls)
         on_progress("looking at the workers")
-        facts = await look(workers, secret, on_progress)
+        facts = await look(workers, keys, on_progress)
         # No link is open meanwhile: importing torch can hold this process up for longer than a
         # worker waits for a sign of life.
         on_progress(f"loading the tokenizer of {facts.model}")
@@ -152,7 +155,7 @@ class Pipeline:
         if callable(max_tokens_hint):
             max_tokens_hint = await in_background(max_tokens_hint, loaded.encoder)
         on_progress("connecting to the workers")
-        chain = await open_chain(workers, secret=secret)
+        chain = await open_chain(workers, keys=keys)
         try:
             loaded.check(chain.facts[0])
             lease = secrets.token_bytes(16)
@@ -171,7 +174,7 @@ class Pipeline:
             loaded,
             lease=lease,
             num_blocks=num_blocks,
-            secret=secret,
+            keys=keys,
             recovery=recovery,
             trace=trace,
             event_log=event_log,

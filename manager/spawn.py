@@ -21,6 +21,7 @@ from manager.worker_process import WorkerProcess, end_all, with_this_installatio
 from proto.address import Address
 from proto.cores import cores_each
 from proto.errors import Error, UsageError
+from proto.tls import TlsFiles
 
 MAX_SPAWNED: Final = 64
 # Settings of workers that say where things are on this machine, whoever starts them.
@@ -41,6 +42,7 @@ class SpawnConfig:
     quantize: str = "none"
     kv_memory: str | None = None
     secret_file: Path | None = None
+    tls: TlsFiles | None = None
     adapters: tuple[tuple[str, str], ...] = ()  # (name, folder)
     threads: int | None = None  # of each; None: the cores divided
     ready_deadline_s: float | None = None  # None: a large checkpoint may take as long as it needs
@@ -196,6 +198,10 @@ def words_of(config: SpawnConfig, index: int, port: int = 0) -> list[str]:
         words += ["--adapter", f"{name}={folder}"]
     if config.secret_file is not None:
         words += ["--secret-file", str(config.secret_file)]
+    if config.tls is not None:
+        files = config.tls
+        words += ["--tls-cert", str(files.cert), "--tls-key", str(files.key)]
+        words += ["--tls-ca", str(files.ca)]
     return words
 
 

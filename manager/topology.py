@@ -19,6 +19,7 @@ from manager.addresses import DEFAULT_FIRST, is_loopback, neighbours, parse_addr
 from manager.links import WorkerLink, open_link
 from proto.address import Address
 from proto.errors import Error, UsageError, WorkerLoading, WorkerLost, WorkerUnreachable
+from proto.keys import NO_KEYS, Keys
 from proto.messages import Role, WorkerFacts
 
 # The fastest of so many round trips tells a clock to some tens of microseconds on one switch.
@@ -110,7 +111,7 @@ async def open_chain(
     workers: str | Sequence[str] | None,
     *,
     role: Role = Role.MANAGER,
-    secret: bytes | None = None,
+    keys: Keys = NO_KEYS,
 ) -> OpenChain:
     """Call the workers and order them by what they hold.
 
@@ -123,10 +124,10 @@ async def open_chain(
     """
     absent: dict[Address, Error] = {}
     if workers is None:
-        links = await call_neighbours(role, secret)
+        links = await call_neighbours(role, keys)
     else:
         addresses = parse_addresses([workers] if isinstance(workers, str) else workers)
-        links, absent = await _call_enough(addresses, role, secret)
+        links, absent = await _call_enough(addresses, role, keys)
     try:
         chain = arrange(links, absent)
         await check_reachability([link.address for link in chain.links])
@@ -151,14 +152,14 @@ def arrange(
 
 
 async def _call_enough(
-    addresses: Sequence[Address], role: Role, secret: bytes | None
+    addresses: Sequence[Address], role: Role, keys: Keys
 ) -> tuple[list[WorkerLink], dict[Address, Error]]:
     """Open all links at once; that some are not there matters only where the rest is no chain.
 
     Raises:
         Error: of the first address, in their order, that failed.
     """
-    outcomes = await _call(addresses, role, secret)
+    outcomes = await _call(addresses, role, keys)
     links = [it for it in outcomes if isinstance(it, WorkerLink)]
     failures = {
         address: outcome
@@ -182,15 +183,13 @@ def _can_do_without(links: Sequence[WorkerLink], failures: Iterable[Error]) -> b
     return True
 
 
-async def call_all(
-    addresses: Iterable[Address], role: Role, secret: bytes | None
-) -> list[WorkerLink]:
+async def call_all(addresses: Iterable[Address], role: Role, keys: Keys) -> list[WorkerLink]:
     """Open all links at once; if one cannot be opened, none is.
 
     Raises:
         Error: of the first address, in their order, that failed.
     """
-    links, failures = await call_each(addresses, role, secret)
+    links, failures = await call_each(addresses, role, keys)
     if failures:
         await close_all(links, "another worker of the chain could not be reached")
         raise failures[0]
@@ -198,26 +197,26 @@ async def call_all(
 
 
 async def call_each(
-    addresses: Iterable[Address], role: Role, secret: bytes | None
+    addresses: Iterable[Address], role: Role, keys: Keys
 ) -> tuple[list[WorkerLink], list[Error]]:
     """Open all links at once; those that opened, and why the others did not."""
-    outcomes = await _call(addresses, role, secret)
+    outcomes = await _call(addresses, role, keys)
     links = [it for it in outcomes if isinstance(it, WorkerLink)]
     return links, [it for it in outcomes if isinstance(it, Error)]
 
 
-async def call_neighbours(role: Role, secret: bytes | None) -> list[WorkerLink]:
+async def call_neighbours(role: Role, keys: Keys) -> list[WorkerLink]:
     """The workers at the default ports, as far as they are there.
 
     Raises:
         WorkerUnreachable: there is none at the first port.
     """
     try:
-        first = await open_link(DEFAULT_FIRST, role=role, secret=secret)
+        first = await open_link(DEFAULT_FIRST, role=role, keys=keys)
     except WorkerUnreachable as exc:
         raise NoNeighbours(exc.reason) from exc
     others = neighbours(DEFAULT_FIRST, first.facts.num_sections or 1)[1:]
-    links, failures = await call_each(others, role, secret)
+    links, failures = await call_each(others, role, keys)
     links.insert(0, first)
     # Who is not there is missed by name when the chain is checked.
     refusals = [it for it in failures if not isinstance(it, WorkerUnreachable)]
@@ -260,11 +259,9 @@ async def close_all(links: Iterable[WorkerLink], reason: str) -> None:
     await asyncio.gather(*(link.close(reason) for link in links))
 
 
-async def _call(
-    addresses: Iterable[Address], role: Role, secret: bytes | None
-) -> list[WorkerLink | Error]:
+async def _call(addresses: Iterable[Address], role: Role, keys: Keys) -> list[WorkerLink | Error]:
     """A link or an error for each address; anything else that goes wrong is raised."""
-    calls = [asyncio.ensure_future(open_link(it, role=role, secret=secret)) for it in addresses]
+    calls = [asyncio.ensure_future(open_link(it, role=role, keys=keys)) for it in addresses]
     try:
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     except asyncio.CancelledError:

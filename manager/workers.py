@@ -9,7 +9,6 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -20,12 +19,12 @@ from manager import event_loop
 from manager.addresses import parse_addresses
 from manager.cli import say
 from manager.links import WorkerLink
-from manager.options import SECRET_FILE, WORKERS
+from manager.options import WORKERS, key_options
 from manager.tables import milliseconds, size, table
 from manager.topology import call_each, call_neighbours, close_all
 from proto.errors import Error, WorkerLoading
+from proto.keys import Keys
 from proto.messages import AdapterFacts, Role, Status, WorkerFacts
-from proto.secret import read_secret_file
 
 TITLES = (
     "ADDRESS",
@@ -104,25 +103,24 @@ class WorkerView:
 
 @click.command()
 @WORKERS
-@SECRET_FILE
+@key_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
-def workers(workers: str | None, secret_file: Path | None, as_json: bool) -> None:
+def workers(workers: str | None, keys: Keys, as_json: bool) -> None:
     """Show which worker holds what, and how it fares."""
-    event_loop.run(show(workers, secret_file, as_json=as_json))
+    event_loop.run(show(workers, keys, as_json=as_json))
 
 
-async def show(workers: str | None, secret_file: Path | None, *, as_json: bool) -> None:
+async def show(workers: str | None, keys: Keys, *, as_json: bool) -> None:
     """Print what the workers say of themselves, in the order of their layers.
 
     Raises:
         Error: one of them did not answer; those that did are printed all the same, and so are
             those that are still loading.
     """
-    secret = None if secret_file is None else read_secret_file(secret_file)
     if workers is None:
-        links, failures = await call_neighbours(Role.OBSERVER, secret), list[Error]()
+        links, failures = await call_neighbours(Role.OBSERVER, keys), list[Error]()
     else:
-        links, failures = await call_each(parse_addresses([workers]), Role.OBSERVER, secret)
+        links, failures = await call_each(parse_addresses([workers]), Role.OBSERVER, keys)
     try:
         # Of several with one section, the first that was named is the stage.
         views = with_states(await look_at(links))

@@ -25,6 +25,7 @@ from proto.messages import Message
 Buffer = bytes | bytearray | memoryview
 
 MAGIC: Final = b"CMBO"
+TLS_HANDSHAKE: Final = b"\x16"  # the first byte of a connection with TLS
 # Version of the header's layout. It stays while messages change (`PROTOCOL_VERSION`), so that two
 # releases can still read each other's Hello and Refused.
 FRAME_VERSION: Final = 1
@@ -260,6 +261,11 @@ class FrameReader:
 
 def _check_magic(start: bytes) -> None:
     """As soon as one byte is wrong: another protocol's peer may never send 32 of them."""
+    if start[:1] == TLS_HANDSHAKE:
+        raise FrameCorrupt(
+            "the other side speaks TLS and this side does not: leave out --tls-cert, --tls-key and "
+            "--tls-ca there, or pass them here too"
+        )
     if not MAGIC.startswith(start):
         raise FrameCorrupt(
             f"what came does not begin a frame ({start!r} instead of {MAGIC!r}): "

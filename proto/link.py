@@ -22,6 +22,8 @@ from proto.link_protocol import Link, os_reason
 from proto.link_settings import DEFAULT_SETTINGS, LISTENER_SETTINGS, LinkSettings
 from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome
 from proto.session import LISTENER, OPENER, Session
+from proto.tls import Tls
+from proto.tls_transport import TlsLayer
 
 __all__ = ["Link", "LinkSettings", "Listener", "connect", "listen"]
 
@@ -39,6 +41,7 @@ async def connect(
     agent: str,
     lease: bytes | None = None,
     secret: bytes | None = None,
+    tls: Tls | None = None,
     timeout_s: float = 5.0,
     check: Callable[[Welcome], None] | None = None,
     settings: LinkSettings = DEFAULT_SETTINGS,
@@ -50,6 +53,7 @@ async def connect(
         agent: name and version of this program, for the worker's log.
         lease: for Role.NEIGHBOUR, the lease whose steps this link will carry.
         secret: what `proto.secret.read_secret_file` read; None where the worker has none.
+        tls: what `proto.tls.read_tls` read; None where the worker speaks no TLS.
         timeout_s: for the connection, and again for the handshake.
         check: raises an `Error` when the Welcome does not suit; the worker is told why.
     Raises:
@@ -57,7 +61,8 @@ async def connect(
         WorkerUnreachable: nobody accepts connections there.
         WorkerRefused: the worker said no.
         WorkerLost: it fell silent or closed in the middle of the handshake.
-        AuthenticationFailed, RemoteProtocolError: it does not know the secret, or the protocol.
+        AuthenticationFailed, RemoteProtocolError: it does not know the secret, its certificate is
+            not one that we trust, or it does not speak the protocol.
     """
     target = parse_address(address)
     if target.port == 0:
@@ -67,7 +72,7 @@ async def connect(
     session = Session(
         OPENER, hello=hello, secret=secret, nonce=_nonce(secret), limits=_limits(settings)
     )
-    link = await _open_socket(target, Link(session, str(target), settings), timeout_s)
+    link = await _open_socket(target, Link(session, str(target), settings), tls, timeout_s)
     try:
         await link.opened()
         if check is not None:
@@ -83,8 +88,10 @@ async def connect(
     return link
 
 
-async def _open_socket(target: Address, link: Link, timeout_s: float) -> Link:
-    opening = asyncio.get_running_loop().create_connection(lambda: link, target.host, target.port)
+async def _open_socket(target: Address, link: Link, tls: Tls | None, timeout_s: float) -> Link:
+    protocol = link if tls is None else TlsLayer(link, tls.opener, target.host)
+    loop = asyncio.get_running_loop()
+    opening = loop.create_connection(lambda: protocol, target.host, target.port)
     try:
         transport, _ = await asyncio.wait_for(opening, timeout_s)
     except (asyncio.TimeoutError, OSError) as exc:
@@ -114,13 +121,14 @@ class Listener:
         on_link: Callable[[Link], None],
         on_refused: Callable[[str, Exception], None] | None,
         secret: bytes | None,
+        tls: Tls | None,
         settings: LinkSettings,
         max_unproven: int,
         max_links: int,
     ) -> None:
         self.address = ""  # HOST:PORT as it is bound
         self._welcome, self._on_link, self._on_refused = welcome, on_link, on_refused
-        self._secret, self._settings = secret, settings
+        self._secret, self._tls, self._settings = secret, tls, settings
         self._max_unproven, self._max_links = max_unproven, max_links
         self._unproven: set[Link] = set()
         self._links: set[Link] = set()
@@ -164,7 +172,8 @@ class Listener:
             nonce=_nonce(self._secret),
             limits=_limits(self._settings),
         )
-        return Link(session, "", self._settings, door=self)
+        link = Link(session, "", self._settings, door=self)
+        return link if self._tls is None else TlsLayer(link, self._tls.listener, None)
 
     def enter(self, link: Link, transport: asyncio.Transport) -> None:
         _tune(transport)
@@ -202,6 +211,7 @@ async def listen(
     on_link: Callable[[Link], None],
     on_refused: Callable[[str, Exception], None] | None = None,
     secret: bytes | None = None,
+    tls: Tls | None = None,
     settings: LinkSettings = LISTENER_SETTINGS,
     max_unproven: int = MAX_UNPROVEN,
     max_links: int = MAX_LINKS,
@@ -213,6 +223,7 @@ async def listen(
         on_link: gets every link as it opens, and sets its `on_frame` and `on_closed`.
         on_refused: gets the address and the error of every peer whose handshake failed.
         secret: what peers must know; None to let in anyone.
+        tls: what peers must show a certificate of the same authority for; None: no TLS.
         max_unproven: peers in the middle of their handshake at one time.
     Raises:
         UsageError: `address` is not one, is not this machine's, or is in use.
@@ -222,6 +233,7 @@ async def listen(
         on_link=on_link,
         on_refused=on_refused,
         secret=secret,
+        tls=tls,
         settings=settings,
         max_unproven=max_unproven,
         max_links=max_links,

@@ -278,6 +278,10 @@ class Link(asyncio.BufferedProtocol):
             self._session.give_up(reason, percent)
             self._leave(error)
 
+    def fail_below(self, error: ProtocolError) -> None:
+        """`fail` for the layer below, which does not know who the peer is."""
+        self.fail(self._with_peer(error))
+
     def abort(self, reason: str) -> None:
         """Close at once, without a goodbye, because the peer does not listen any more."""
         self._session.give_up(reason)

@@ -49,8 +49,8 @@ PURE_FILES = (
     "engine/event_log.py",
 )
 IMPURE = {"asyncio", "socket", "subprocess", "os", "time", "random", "torch", "click"}
-# A session over asyncio, in three files; everything else in proto is free of I/O.
-LINK_FILES = {"link.py", "link_protocol.py", "backpressure.py"}
+# A session over asyncio, and TLS below it; everything else in proto is free of I/O.
+LINK_FILES = {"link.py", "link_protocol.py", "backpressure.py", "tls.py", "tls_transport.py"}
 SOCKETS = {"asyncio", "socket", "socketserver", "ssl", "select", "selectors", "uvloop"}
 
 # Seconds and hundreds of megabytes each: a login node has none to spare for `--help`.

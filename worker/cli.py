@@ -23,14 +23,15 @@ from proto.adapter_name import split_adapters
 from proto.address import Address
 from proto.cores import cores_each
 from proto.errors import Error, UsageError
+from proto.keys import read_keys
 from proto.quick_start import quick_start
-from proto.secret import read_secret_file
 from proto.settings import (
     Setting,
     find_settings,
     read_settings_file,
     settings_file,
 )
+from proto.tls import TlsFiles, tls_files
 from worker import logs
 from worker.config import (
     CACHE_BYTES,
@@ -221,7 +222,17 @@ def _version() -> str:
     metavar="FILE",
     help="Let in only who knows this file's content. Needed to listen beyond this machine.",
 )
-@click.option("--insecure", is_flag=True, help="Listen beyond this machine without a secret.")
+@click.option(
+    "--tls-cert",
+    metavar="FILE",
+    help="Encrypt links, and let in only who has a certificate of the same authority: "
+    "this machine's certificate, PEM.",
+)
+@click.option("--tls-key", metavar="FILE", help="Its private key, PEM, that only you can read.")
+@click.option("--tls-ca", metavar="FILE", help="The authority's certificate, PEM.")
+@click.option(
+    "--insecure", is_flag=True, help="Listen beyond this machine without a secret or certificates."
+)
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(LOG_LEVELS, False)
 )
@@ -252,6 +263,9 @@ def worker(
     kv_memory: str | None,
     metrics_listen: str | None,
     secret_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    tls_ca: str | None,
     insecure: bool,
     log_level: str,
     log_format: str,
@@ -295,12 +309,16 @@ def worker(
         stage_to=None if stage_to is None else parse_stage_to(stage_to),
         kv_memory_bytes=None if kv_memory is None else parse_kv_memory(kv_memory),
         metrics_listen=None if metrics_listen is None else parse_metrics_listen(metrics_listen),
-        secret=None if secret_file is None else read_secret_file(secret_file),
+        keys=read_keys(secret_file, _tls_files(tls_cert, tls_key, tls_ca)),
         insecure=insecure,
     )
     return Invocation(
         config=with_threads(config, os.environ), log_level=log_level, log_format=log_format
     )
+
+
+def _tls_files(*files: str | None) -> TlsFiles | None:
+    return tls_files(*(None if file is None else Path(file) for file in files))
 
 
 def _cache_dir(context: click.Context, said: str | None, *, no_cache: bool) -> Path | None:

@@ -16,6 +16,7 @@ from typing import Final
 from proto.adapter_name import parse_adapter
 from proto.address import Address, parse_address
 from proto.errors import UsageError
+from proto.keys import NO_KEYS, Keys
 from proto.messages import MAX_ADAPTERS
 from proto.settings import parse_byte_size
 
@@ -49,7 +50,7 @@ class WorkerConfig:
     stage_to: Path | None = None  # folder that the section's bytes are copied to first
     kv_memory_bytes: int | None = None  # None: a share of what is free
     metrics_listen: Address | None = None  # None: nothing for Prometheus
-    secret: bytes | None = None
+    keys: Keys = NO_KEYS
     insecure: bool = False
 
     def __post_init__(self) -> None:
@@ -75,11 +76,12 @@ class WorkerConfig:
             raise UsageError(f"--threads {self.threads}: at least 1 thread must compute.")
         if self.kv_memory_bytes is not None and self.kv_memory_bytes < 1:
             raise UsageError("--kv-memory 0 holds no sequence: give it at least some megabytes.")
-        if not (is_loopback(self.listen.host) or self.secret or self.insecure):
+        if not (is_loopback(self.listen.host) or self.keys or self.insecure):
             raise UsageError(
                 f"--listen {self.listen} lets other machines in and there is no secret: pass "
                 "--secret-file FILE (the same file to the manager and every worker), or "
-                "--insecure where every machine that can reach this port is yours."
+                "certificates (--tls-cert, --tls-key, --tls-ca), or --insecure "
+                "where every machine that can reach this port is yours."
             )
 
         metrics = self.metrics_listen

@@ -120,7 +120,7 @@ class Server:
 
     async def _bind(self) -> Listener:
         config = self._config
-        if not (is_loopback(config.listen.host) or config.secret):
+        if not (is_loopback(config.listen.host) or config.keys):
             print(
                 f"worker: warning: --insecure: whoever can reach {config.listen} can use this "
                 "worker and read what its managers compute.",
@@ -132,7 +132,8 @@ class Server:
             welcome=self._welcome,
             on_link=self._on_link,
             on_refused=self._on_refused,
-            secret=config.secret,
+            secret=config.keys.secret,
+            tls=config.keys.tls,
         )
         self._listen = listener.address
         log.info("listening", extra=fields(address=self._listen))
@@ -276,7 +277,8 @@ class Server:
             role=Role.NEIGHBOUR,
             agent=_agent(),
             lease=lease_id,
-            secret=self._config.secret,
+            secret=self._config.keys.secret,
+            tls=self._config.keys.tls,
         )
 
 
@@ -395,7 +397,7 @@ def say_how_weights_are_held(stage: Stage) -> None:
 
 def why_closed(config: WorkerConfig, reason: str) -> str | None:
     """The reason, where nobody may change what is held over a link: who asks has shown nothing."""
-    return None if config.secret or is_loopback(config.listen.host) else reason
+    return None if config.keys or is_loopback(config.listen.host) else reason
 
 
 def _path_for_others(model: str | None) -> str:

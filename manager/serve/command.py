@@ -17,9 +17,11 @@ from manager.options import (
     ConnectionConfig,
     WorkersOwn,
     settle_spawn_and_workers,
+    tls_options,
 )
 from manager.serve.config import MAX_BODY_BYTES, Limits, ServeConfig, named_adapters
 from proto.errors import UsageError
+from proto.tls import tls_files
 
 NEEDED: Final = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 
@@ -31,6 +33,7 @@ NEEDED: Final = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 @SPAWN
 @MODEL
 @SECRET_FILE
+@tls_options
 @click.option(
     "--adapter",
     "adapters",
@@ -109,6 +112,9 @@ def serve(
     spawn: int | None,
     model: str | None,
     secret_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
     adapters: tuple[str, ...],
     max_concurrent: int,
     max_queue: int,
@@ -130,6 +136,7 @@ def serve(
             **where,  # type: ignore[arg-type]
             model=model,
             secret_file=secret_file,
+            tls=tls_files(tls_cert, tls_key, tls_ca),
         ),
         adapters=named_adapters(adapters),
         limits=Limits(

@@ -12,8 +12,8 @@ from manager.tasks.rendezvous import TaskNote
 from manager.topology import call_all, close_all
 from manager.workers import look_at
 from proto.errors import Error
+from proto.keys import read_keys
 from proto.messages import Role
-from proto.secret import read_secret_file
 
 TITLES = ("NODE", "SECTION", "LAYERS", "DEVICE", "STEPS", "TOKENS", "COMPUTE", "PEAK MEMORY")
 
@@ -41,7 +41,7 @@ async def look_at_nodes(notes: Mapping[int, TaskNote], secret_file: Path) -> lis
     """
     ranks = sorted(notes)
     addresses = parse_addresses([notes[rank].address for rank in ranks])
-    links = await call_all(addresses, Role.OBSERVER, read_secret_file(secret_file))
+    links = await call_all(addresses, Role.OBSERVER, read_keys(secret_file))
     try:
         views = await look_at(links)
     finally:

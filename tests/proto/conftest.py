@@ -11,8 +11,10 @@ import pytest
 from proto.link import Link, LinkSettings, connect, listen
 from proto.messages import PROTOCOL_VERSION, Hello, Role
 from proto.session import LISTENER, OPENER, Session
+from proto.tls import Tls
 from tests.proto import memory_transport
 from tests.proto.wire_examples import WELCOME
+from tests.support.certificates import tls_of_here
 
 
 def pytest_asyncio_loop_factories(
@@ -39,10 +41,10 @@ class LinkPair(NamedTuple):
 MakePair = Callable[..., Awaitable[LinkPair]]
 
 
-@pytest.fixture(params=["memory", "tcp"])
+@pytest.fixture(params=["memory", "tcp", "tls"])
 async def link_pair(request: pytest.FixtureRequest) -> AsyncIterator[MakePair]:
     """Makes pairs of open links: `await link_pair(role=..., settings=...)`."""
-    make = {"memory": _memory_pair, "tcp": _tcp_pair}[request.param]
+    make = {"memory": _memory_pair, "tcp": _tcp_pair, "tls": _tls_pair}[request.param]
     pairs: list[LinkPair] = []
 
     async def make_pair(
@@ -60,15 +62,22 @@ async def link_pair(request: pytest.FixtureRequest) -> AsyncIterator[MakePair]:
         await asyncio.gather(pair.opener.close(), pair.listener.close())
 
 
-async def _tcp_pair(role: Role, settings: LinkSettings, listeners: LinkSettings) -> LinkPair:
+async def _tls_pair(role: Role, settings: LinkSettings, listeners: LinkSettings) -> LinkPair:
+    return await _tcp_pair(role, settings, listeners, tls_of_here())
+
+
+async def _tcp_pair(
+    role: Role, settings: LinkSettings, listeners: LinkSettings, tls: Tls | None = None
+) -> LinkPair:
     accepted: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
     listener = await listen(
         "127.0.0.1:0",
         welcome=lambda hello: WELCOME,
         on_link=accepted.set_result,
         settings=listeners,
+        tls=tls,
     )
-    opener = await connect(listener.address, role=role, agent="test", settings=settings)
+    opener = await connect(listener.address, role=role, agent="test", settings=settings, tls=tls)
     pair = LinkPair(opener, await accepted)
     listener.stop()
     return pair
