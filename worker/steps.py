@@ -238,6 +238,11 @@ class StepComputer:
             return (
                 f"{run.num_blocks} blocks of {stage.block_tokens} tokens do not hold position {end}"
             )
+        if run.rope_length > stage.max_context:
+            return (
+                f"its rotary length {run.rope_length} is beyond the model's context of "
+                f"{stage.max_context}"
+            )
         sampling = run.sampling or NO_SAMPLING
         if sampling.num_mask_words not in (0, mask_words(stage.vocab_size)):
             return (

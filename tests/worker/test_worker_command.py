@@ -174,7 +174,7 @@ def test_a_secret_file_opens_the_door_and_a_missing_one_does_not(
     secret.write_bytes(b"0123456789abcdef\n")
     secret.chmod(0o600)
     config = config_of("--listen", "0.0.0.0:0", "--secret-file", str(secret))
-    assert config.secret == b"0123456789abcdef"
+    assert config.keys.secret == b"0123456789abcdef"
 
 
 def test_a_port_in_use_is_refused_before_anything_heavy_is_loaded(refusal: Refuse) -> None:
