@@ -62,6 +62,13 @@ def explain(ended: Ended) -> Error:
     return _never_began(ended)
 
 
+def was_killed(ended: Ended) -> bool:
+    """Whether a process was ended by SIGKILL before anybody here had a reason to send it."""
+    found = _signalled(ended)
+    own = [it for it in ended.failures if not it.lost_others]
+    return found is not None and found[1] == KILLED and not own
+
+
 def _signalled(ended: Ended) -> tuple[int, int] | None:
     """(rank, signal) of a process that a signal ended."""
     for rank, code in _ENTRY.findall(ended.printed):

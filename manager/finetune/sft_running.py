@@ -28,7 +28,7 @@ from engine.jobs.sft_messages import (
     Said,
     decode,
 )
-from manager.finetune.sft_failures import Ended, explain
+from manager.finetune.sft_failures import Ended, explain, was_killed
 from manager.finetune.sft_launch import Launch, command, config_text, environment
 from proto.errors import Error, UsageError
 
@@ -54,6 +54,7 @@ class Run:
         self._failures: list[Failed] = []
         self._left: Left | None = None
         self._result: dict[str, Any] | None = None
+        self._has_begun = False  # a first event of the training was told
         self._signalled: set[int] = set()
         self._kill_at_s: float | None = None  # processes that are left then
         self._pending = b""
@@ -143,6 +144,7 @@ class Run:
             case Said():
                 self._watcher.say(message.line)
             case Happened():
+                self._has_begun = True
                 self._watcher.event(message.event)
             case Failed():
                 self._failures.append(message)
@@ -187,22 +189,23 @@ class Run:
     def _conclude(self, exit_code: int) -> dict[str, Any] | None:
         from engine.jobs.stopping import Stopped
 
-        if self._left is not None or (self._stop.is_made and self._result is None):
-            sentence = (
-                "stopped before training began" if self._left is None else self._left.sentence
-            )
-            raise Stopped(sentence, self._stop.signal_number or signal.SIGTERM)
+        ended = Ended(
+            launch=self._launch,
+            exit_code=exit_code,
+            printed=_tail(self._launch.log_file, self._log_start),
+            processes=self._processes,
+            failures=self._failures,
+        )
+        if self._left is not None:
+            raise Stopped(self._left.sentence, self._stop.signal_number or signal.SIGTERM)
+        # A process that was killed fails those on other machines, whose end has this command told
+        # to stop: what ended the run is the process then, not the signal.
+        if self._stop.is_made and self._result is None and not was_killed(ended):
+            what = "its checkpoint was written" if self._has_begun else "training began"
+            raise Stopped(f"stopped before {what}", self._stop.signal_number or signal.SIGTERM)
         if exit_code == 0 and not self._failures:
             return self._result
-        raise explain(
-            Ended(
-                launch=self._launch,
-                exit_code=exit_code,
-                printed=_tail(self._launch.log_file, self._log_start),
-                processes=self._processes,
-                failures=self._failures,
-            )
-        )
+        raise explain(ended)
 
 
 def _write_files(launch: Launch) -> None:

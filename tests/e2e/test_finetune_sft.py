@@ -199,14 +199,23 @@ def test_a_run_killed_and_ended_goes_on_as_if_nothing_had_been(model, data, tmp_
     assert not list(save_dir.rglob(".partial-*"))
 
 
-def test_a_process_that_dies_takes_the_run_with_it_and_is_named(model, data, tmp_path):
+@pytest.mark.parametrize("stopped", [False, True], ids=["alone", "then stopped by the scheduler"])
+def test_a_process_that_dies_takes_the_run_with_it_and_is_named(model, data, tmp_path, stopped):
     save_dir = tmp_path / "run"
     words = words_of(
         model, data, save_dir, "--max-steps", 100000, "--batch-size", 4, "--gpus-per-node", 2
     )
     with start(words) as process:
         wait_for_step(5, save_dir, process)
-        launched(save_dir)[1].kill()
+        processes = launched(save_dir)
+        launcher = processes[0].parent()
+        if stopped:  # the launcher sees the death only after the signal
+            launcher.suspend()
+        processes[1].kill()
+        if stopped:
+            wait_for_death(processes[0])
+            process.terminate()
+            launcher.resume()
         _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert err.splitlines()[-1] == (
@@ -216,6 +225,14 @@ def test_a_process_that_dies_takes_the_run_with_it_and_is_named(model, data, tmp
     )
     assert "Traceback" not in err
     wait_until_nobody_is_left(save_dir)
+
+
+def wait_for_death(process: psutil.Process) -> None:
+    """Until its parent could take note of its end."""
+    give_up_s = time.monotonic() + PATIENCE_S
+    while process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < give_up_s, process
+        time.sleep(0.01)  # a death of another's child tells nobody
 
 
 def test_a_launcher_that_starts_fewer_processes_is_found_out(model, data, tmp_path):

@@ -104,7 +104,11 @@ def test_an_adapter_is_a_model_of_its_own(narrow: Narrow, tiny: TinyModel) -> No
 def test_who_finds_the_queue_full_is_told_when_to_come_back(narrow: Narrow) -> None:
     with openai.OpenAI(base_url=f"{narrow.server.url}/v1", api_key=KEY, max_retries=0) as client:
         with client.completions.create(
-            model=narrow.server.model, prompt=[5, 9], max_tokens=4000, stream=True
+            model=narrow.server.model,
+            prompt=[5, 9],
+            max_tokens=4000,
+            stream=True,
+            extra_body={"ignore_eos": True},
         ) as running:
             next(iter(running))
             waiting = InThread(narrow, SHORT)

@@ -49,6 +49,15 @@ def limit(page: Any, **settings: Any) -> None:
     page.keyboard.press("Escape")
 
 
+def endless(page: Any) -> None:
+    """Have answers go on to the limit: a random model may draw its end token at any moment."""
+
+    def without_end(route: Any) -> None:
+        route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
+
+    page.route("**/v1/chat/completions", without_end)
+
+
 def test_a_conversation_streams_is_kept_and_can_be_told_anew(opened: Any, server: Server) -> None:
     with page_of(opened) as (page, complaints):
         page.goto(server.url)
@@ -79,6 +88,7 @@ def test_stop_ends_the_answer_and_frees_the_workers(opened: Any, server: Server)
         page.goto(server.url)
         page.wait_for_selector(READY)
         limit(page, max_tokens=4000)
+        endless(page)
         say(page, "go on and on")
         begun(page)
         assert server.metric("comboio_requests_running") == 1
@@ -94,7 +104,8 @@ def test_the_train_shows_each_worker_and_moves(opened: Any, server: Server) -> N
         with page_of(opened, color_scheme=scheme, viewport=viewport) as (page, complaints):
             page.goto(server.url)
             page.wait_for_selector(READY)
-            limit(page, max_tokens=400)
+            limit(page, max_tokens=4000)
+            endless(page)
             say(page, "x")
             if size[0] < 800:
                 page.click("#tab-live")
@@ -140,6 +151,7 @@ def test_a_worker_that_dies_is_seen_and_the_page_goes_on_when_it_is_back(
         page.goto(server.url)
         page.wait_for_selector(READY)
         limit(page, max_tokens=4000)
+        endless(page)
         say(page, "go on and on")
         begun(page)
         workers.processes[1].kill()
