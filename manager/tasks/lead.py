@@ -61,7 +61,11 @@ class Lead:
             notes = await self._work(notes)
         finally:
             self._join_parts()
-        reports = await look_at_nodes(notes, self._secret_file)
+        try:
+            reports = await look_at_nodes(notes, self._secret_file)
+        except WorkerLost as exc:  # all is done, and the worker may be starting anew
+            say(f"what each node did is not known: {exc}")
+            return
         say(describe(reports, before))
         check_all_worked(reports, before)
 

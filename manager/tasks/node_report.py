@@ -70,13 +70,20 @@ def steps_between(after: NodeReport, before: NodeReport) -> int:
 def check_all_worked(after: Sequence[NodeReport], before: Sequence[NodeReport]) -> None:
     """A node that is paid for and computes nothing is an error.
 
+    A worker that was started anew is none: what it ran before is not counted, and others may have
+    taken over its layers until it was back.
+
     Raises:
         Error: names the nodes that ran no step while others did.
     """
-    steps = [steps_between(late, early) for late, early in zip(after, before, strict=True)]
-    if not any(steps):
+    pairs = list(zip(after, before, strict=True))
+    if not any(steps_between(late, early) for late, early in pairs):
         return  # all rows were there already
-    idle = [report for report, count in zip(after, steps, strict=True) if count == 0]
+    idle = [
+        late
+        for late, early in pairs
+        if steps_between(late, early) == 0 and late.generation == early.generation
+    ]
     if idle:
         names = ", ".join(f"{it.node} (section {it.rank})" for it in idle)
         raise Error(f"ran no step: {names}; the other nodes did all the work")

@@ -69,6 +69,6 @@ def test_tab_completes_commands_and_options() -> None:
         )
         return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
-    assert completed("manager se", 1) == ["serve"]
+    assert completed("manager ser", 1) == ["serve"]
     assert "task" not in completed("manager ", 1)
     assert "--max-concurrent" in completed("manager serve --max", 2)

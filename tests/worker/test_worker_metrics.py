@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proto.address import Address
 from proto.errors import UsageError
-from tests.support.processes import WorkerProcess
+from proto.keys import Keys
+from tests.support.processes import ROOT, WorkerProcess
 from worker.config import WorkerConfig
 
 
@@ -42,6 +44,9 @@ async def test_a_worker_shows_its_figures_while_it_loads_and_when_it_is_ready(
         assert found["comboio_worker_memory_bytes"][1] > 10**7
         assert found["comboio_worker_kv_blocks"][1] == found["comboio_worker_kv_blocks_free"][1] > 0
         assert found["comboio_worker_weights_bytes"][1] > 0
+        page = (ROOT / "docs" / "serving.md").read_text()
+        said = set(re.findall(r"`(comboio_worker_[a-z_]*[a-z])`", page))
+        assert said <= set(found) | {"comboio_worker_loading_ratio"}
         for path, method, status in (("/", "GET", 404), ("/metrics", "POST", 405)):
             request = urllib.request.Request(url.replace("/metrics", path), method=method)
             with pytest.raises(urllib.error.HTTPError) as refused:
@@ -54,5 +59,5 @@ async def test_a_worker_shows_its_figures_while_it_loads_and_when_it_is_ready(
 def test_figures_leave_the_machine_only_when_somebody_says_so() -> None:
     here, everywhere = Address("127.0.0.1", 0), Address("0.0.0.0", 9710)
     with pytest.raises(UsageError, match=r"--metrics-listen 0\.0\.0\.0:9710 lets every machine"):
-        WorkerConfig(listen=here, metrics_listen=everywhere, secret=b"0123456789abcdef")
+        WorkerConfig(listen=here, metrics_listen=everywhere, keys=Keys(secret=b"0123456789abcdef"))
     assert WorkerConfig(listen=here, metrics_listen=everywhere, insecure=True).metrics_listen
