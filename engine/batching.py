@@ -12,7 +12,7 @@ from collections.abc import Sequence as AbcSequence
 from dataclasses import dataclass
 from typing import Final
 
-from engine.requests import PlannedRun
+from engine.requests import PlannedRun, ScoredRows
 from engine.roster import Roster, Sequence
 
 NO_LIMIT: Final = sys.maxsize
@@ -172,8 +172,21 @@ class Batcher:
             tokens=tuple(sequence.tokens[start:end]),
             blocks=tuple(sequence.blocks[: self._roster.pool.blocks_for(end)]),
             rope_length=sequence.rope_base,
-            draws=end == len(sequence.tokens),
+            draws=end == len(sequence.tokens) and sequence.request.max_new_tokens > 0,
             draw=sequence.num_generated,
             state_slot=sequence.state_slot,
+            scoring=_scoring(sequence, start, end),
         )
         return IssuedRun(sequence, sequence.life, planned, self._roster.publish(sequence))
+
+
+def _scoring(sequence: Sequence, start: int, end: int) -> ScoredRows | None:
+    """Which rows of a run are to be scored: those of the prompt that have no score yet.
+
+    Runs of one life follow each other, so what is on its way is never asked for again.
+    """
+    first, stop = max(start, sequence.scored), min(end, sequence.score_end)
+    if first >= stop:
+        return None
+    next_token = sequence.tokens[end] if stop == end else None
+    return ScoredRows(first - start, stop - first, next_token)

@@ -18,9 +18,10 @@ class Request:
 
     sequence: int  # the caller's number for it; unique among the live ones
     prompt: tuple[int, ...]
-    max_new_tokens: int
+    max_new_tokens: int  # 0: only the prompt is scored
     eos: frozenset[int] = frozenset()  # any of these ends the text and is not part of it
     prompt_salt: int | str = 0  # prompts share KV blocks only under the same salt
+    scores_prompt: bool = False  # how likely each token of the prompt is, from its second on
 
 
 # --- events ----------------------------------------------------------------------------------
@@ -56,6 +57,7 @@ class StepReturned:
     faults: dict[int, str]  # by sequence: why it could not be computed
     stage_s: tuple[float, ...] = ()  # compute seconds, one a stage
     elapsed_s: float = 0.0  # from issue to return, by the shell's clock
+    scored: frozenset[int] = frozenset()  # sequences whose runs brought the scores they were to
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,15 @@ Event: TypeAlias = Submitted | Cancelled | Stopped | StepReturned | TopologyLost
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Rows of a run that tell how likely the prompt's next tokens are."""
+
+    first_row: int  # within the run
+    num_rows: int  # 1 or more
+    next_token: int | None  # of the prompt, behind the run's last token, if that row is one of them
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedRun:
     """A contiguous stretch of one sequence inside a step."""
 
@@ -89,6 +100,7 @@ class PlannedRun:
     draws: bool  # False: more of the prompt follows
     draw: int  # tokens generated before this run: the counter of the sampler's randomness
     state_slot: int | None = None  # None where the model has no state of fixed size
+    scoring: ScoredRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +127,16 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores in this `StepReturned` count: of so many tokens of the prompt, from `start` on.
+    They come in order, each position once, however often the sequence is computed."""
+
+    sequence: int
+    start: int  # position of the first of these tokens
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The sequence is over; it holds nothing any more."""
 
@@ -132,7 +154,7 @@ class Refused:
     reason: str
 
 
-Command: TypeAlias = RunStep | Generated | Finished | Refused
+Command: TypeAlias = RunStep | Generated | Scored | Finished | Refused
 
 
 # --- to look at ------------------------------------------------------------------------------

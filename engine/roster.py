@@ -46,10 +46,16 @@ class Sequence:
     in_flight: int = 0  # runs of this life
     chain: Chain = 0  # of its last published block
     num_published: int = 0  # blocks at the start of its table that were looked up or published
+    scored: int = 0  # rows from the start whose scores have come back, in whatever life
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def score_end(self) -> int:
+        """Rows below this tell how likely a token of the prompt is, where that is asked."""
+        return len(self.request.prompt) - 1 if self.request.scores_prompt else 0
 
     @property
     def is_prefilling(self) -> bool:
@@ -194,12 +200,15 @@ class Roster:
             self.pool.forget(block)
 
     def _lookup(self, sequence: Sequence) -> tuple[list[int], Chain]:
-        """The longest known prefix that leaves at least one token to compute."""
+        """The longest known prefix that leaves to compute what is to be scored, and one token."""
         switched = self._rope_switch is not None and sequence.rope_base > self._rope_switch
         chain: Chain = (sequence.request.prompt_salt, switched)
         blocks: list[int] = []
         size = self.pool.block_tokens
-        for start in range(0, len(sequence.tokens) - size, size):
+        most = len(sequence.tokens) - 1
+        if sequence.scored < sequence.score_end:
+            most = sequence.scored  # a shared block has the keys and values of a row, not its score
+        for start in range(0, most - size + 1, size):
             found = self.pool.lookup(chain, tuple(sequence.tokens[start : start + size]))
             if found is None:
                 break

@@ -31,6 +31,7 @@ from engine.requests import (
     Refused,
     Request,
     RunStep,
+    Scored,
     Stats,
     StepReturned,
     Stopped,
@@ -52,6 +53,7 @@ __all__ = [
     "Request",
     "RunStep",
     "Scheduler",
+    "Scored",
     "Stats",
     "StepReturned",
     "Stopped",
@@ -188,14 +190,16 @@ class Scheduler:
             return (
                 "the prompt has 0 tokens, a model needs at least 1: write something to go on from"
             )
-        if request.max_new_tokens < 1:
-            return f"max_new_tokens is {request.max_new_tokens}, it must be at least 1"
-        if prompt_tokens > self._max_context - 1:
+        least = 0 if request.scores_prompt else 1
+        if request.max_new_tokens < least:
+            return f"max_new_tokens is {request.max_new_tokens}, it must be at least {least}"
+        room = self._max_context - min(1, request.max_new_tokens)
+        if prompt_tokens > room:
             return (
                 f"the prompt has {prompt_tokens} tokens, the model's context of "
-                f"{self._max_context} leaves room for {self._max_context - 1}: shorten the prompt"
+                f"{self._max_context} leaves room for {room}: shorten the prompt"
             )
-        if self._is_whole and prompt_tokens + 1 > self._roster.pool.capacity_tokens:
+        if self._is_whole and _least_tokens(request) > self._roster.pool.capacity_tokens:
             return self._why_too_large_for_kv(prompt_tokens)
         return None  # without a chain nobody knows the KV yet: checked when it comes
 
@@ -260,11 +264,26 @@ class Scheduler:
             return []
         if fault is None and planned.draws and planned.sequence not in event.tokens:
             fault = f"step {event.step} brought no token for it"
+        if fault is None and planned.scoring and planned.sequence not in event.scored:
+            fault = f"step {event.step} brought no log-probabilities of its prompt"
         if fault is not None:
             return [self._end(sequence, "error", fault)]
         sequence.in_flight -= 1
         sequence.returned = planned.start + len(planned.tokens)
-        return self._accept(sequence, event.tokens[planned.sequence]) if planned.draws else []
+        commands = self._accept_scores(sequence, planned)
+        if planned.draws:
+            return commands + self._accept(sequence, event.tokens[planned.sequence])
+        if sequence.returned == len(sequence.tokens):  # nothing is to be drawn behind the prompt
+            commands.append(self._end(sequence, "length"))
+        return commands
+
+    def _accept_scores(self, sequence: Sequence, planned: PlannedRun) -> list[Command]:
+        if planned.scoring is None:
+            return []
+        first, num_rows = planned.start + planned.scoring.first_row, planned.scoring.num_rows
+        assert first == sequence.scored, (first, sequence)
+        sequence.scored += num_rows
+        return [Scored(planned.sequence, first + 1, num_rows)]
 
     def _accept(self, sequence: Sequence, token: int) -> list[Command]:
         """A drawn token: part of the text, or the end of it."""
@@ -333,7 +352,7 @@ class Scheduler:
         return [
             self._end_too_large(sequence)
             for sequence in tuple(self._live.values())
-            if len(sequence.tokens) + (sequence.num_generated == 0) > capacity
+            if max(len(sequence.tokens), _least_tokens(sequence.request)) > capacity
         ]
 
     def _end_too_large(self, sequence: Sequence) -> Command:
@@ -388,12 +407,20 @@ class Scheduler:
 
     def _check_sequence(self, sequence: Sequence) -> None:
         length = len(sequence.tokens)
-        assert sequence.num_generated < sequence.request.max_new_tokens
-        assert length < self._max_context
+        most_new = sequence.request.max_new_tokens
+        assert sequence.num_generated < most_new or (most_new == 0 and not sequence.num_generated)
+        assert length < self._max_context or (most_new == 0 and length == self._max_context)
+        assert 0 <= sequence.scored <= sequence.score_end
+        assert sequence.scored == sequence.score_end or not sequence.num_generated
         assert not self._is_whole or length <= self._roster.pool.capacity_tokens
         switch = self._rope_switch
         assert switch is None or (sequence.rope_base > switch) == (length > switch)
         assert sequence.rope_base <= length
+
+
+def _least_tokens(request: Request) -> int:
+    """What must fit for it to run at all: the prompt, and the first token behind it."""
+    return len(request.prompt) + min(1, request.max_new_tokens)
 
 
 def _check_at_most_one_each(sequences: Iterable[Sequence]) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Final, Protocol
 
 from engine.requests import (
     Cancelled,
@@ -22,6 +22,7 @@ from engine.requests import (
     Refused,
     Request,
     RunStep,
+    Scored,
     Stats,
     StepReturned,
     Stopped,
@@ -36,6 +37,7 @@ from manager.generation import GenerationOptions
 from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
 from manager.text import Vocabulary
+from proto.codec import step_scores
 from proto.errors import Error, RequestRefused, UsageError
 from proto.messages import Drawn, StepDone, StepReport
 
@@ -62,6 +64,17 @@ class IssuedStep:
 
     command: RunStep
     at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a step brought, by sequence; which of it counts is the scheduler's to say."""
+
+    drawn: dict[int, Drawn]
+    scores: dict[int, memoryview]  # rows of log-probabilities
+
+
+NOTHING: Final = Returned({}, {})
 
 
 class Dispatcher:
@@ -158,6 +171,7 @@ class Dispatcher:
             max_new_tokens=options.max_new_tokens,
             eos=(frozenset() if options.ignore_eos else self._eos).union(options.stop_token_ids),
             prompt_salt=self._salt(len(prompt.token_ids), adapter),
+            scores_prompt=options.prompt_logprobs is not None,
         )
         self._submitting = number
         self._apply(Submitted(request))
@@ -172,11 +186,16 @@ class Dispatcher:
         if sequence.number in self._active:
             self._apply(Cancelled(sequence.number))
 
-    def step_done(self, done: StepDone, epoch: int) -> None:
-        """The last worker sent what was drawn."""
+    def step_done(self, done: StepDone, payload: memoryview, epoch: int) -> None:
+        """The last worker sent what was drawn, and how likely tokens of prompts are.
+
+        Raises:
+            RemoteProtocolError: the payload is not as the message says.
+        """
         issued = self._issued.get(done.step)
         if issued is None or epoch != self.epoch:
             return  # of a chain that is no more
+        scores = step_scores(done, payload)
         del self._issued[done.step]
         now_s = time.monotonic()
         if self._trace is not None:
@@ -188,8 +207,9 @@ class Dispatcher:
             faults={f.sequence: f"worker {f.worker}: {f.reason}" for f in done.faults},
             stage_s=tuple(done.compute_s),
             elapsed_s=now_s - issued.at_s,
+            scored=self._as_asked(issued.command, done),
         )
-        self._apply(event, {drawn.sequence: drawn for drawn in done.drawn})
+        self._apply(event, Returned({drawn.sequence: drawn for drawn in done.drawn}, scores))
 
     def suspend(self) -> int:
         """The chain is no more: requests wait. The epoch that the next chain is to have."""
@@ -226,7 +246,24 @@ class Dispatcher:
             sequence.finish(reason, error, now_s=now_s)
             self._apply(Cancelled(number))
 
-    def _apply(self, event: Event, drawn: dict[int, Drawn] | None = None) -> None:
+    def _as_asked(self, command: RunStep, done: StepDone) -> frozenset[int]:
+        """Sequences that have exactly the scores that the step asked for."""
+        if not done.scored:
+            return frozenset()
+        asked = {
+            run.sequence: (run.start + run.scoring.first_row + 1, run.scoring.num_rows)
+            for run in command.runs
+            if run.scoring is not None
+        }
+        return frozenset(
+            it.sequence
+            for it in done.scored
+            if asked.get(it.sequence) == (it.start, it.num_rows)
+            and (sequence := self._active.get(it.sequence)) is not None
+            and sequence.options.prompt_logprobs == it.top
+        )
+
+    def _apply(self, event: Event, returned: Returned = NOTHING) -> None:
         """Feed one event and do what comes of it; stop texts seen on the way are events again."""
         stopped: list[int] = []
         commands = self._scheduler.handle(event)
@@ -237,10 +274,14 @@ class Dispatcher:
                 case RunStep():
                     self._issue(command)
                 case Generated(sequence=number, token=token):
-                    if self._take(number, token, drawn or {}):
+                    if self._take(number, token, returned.drawn):
                         stopped.append(number)
+                case Scored(sequence=number, num_tokens=num_tokens):
+                    if number in self._active:
+                        rows = bytes(returned.scores[number])
+                        self._active[number].scores_came(num_tokens, rows)
                 case Finished():
-                    self._finish(command, drawn or {})
+                    self._finish(command, returned.drawn)
                 case Refused(sequence=number, reason=reason):
                     self._refuse(number, reason)
         for number in stopped:

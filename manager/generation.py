@@ -6,7 +6,8 @@ Pure. Knows no worker, no tokenizer and no clock; `manager.pipeline` fills these
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +27,7 @@ MAX_SCALE: Final = 1000.0  # of temperature and repetition penalty, as the wire 
 class GenerationOptions:
     """How one request is generated. Greedy unless a temperature is given."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # 0 only where the prompt's own log-probabilities are asked for
     temperature: float = 0.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0
@@ -39,11 +40,13 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()  # any of these texts ends the text and is not part of it
     stop_token_ids: tuple[int, ...] = ()  # so does any of these tokens, beside the model's own
     logprobs: int = 0  # most likely alternatives wanted with every token; 0: no log-probabilities
+    prompt_logprobs: int | None = None  # the same with the prompt's tokens; None: none at all
     ignore_eos: bool = False  # the model's own end tokens do not end it; for benchmarks
     adapter: str | None = None  # by name, of those that the workers hold; None: the model alone
 
     def __post_init__(self) -> None:
-        _check_whole("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
+        least = 1 if self.prompt_logprobs is None else 0
+        _check_whole("max_new_tokens", self.max_new_tokens, least, MAX_NEW_TOKENS)
         _check_number("temperature", self.temperature, 0, MAX_SCALE)
         _check_whole("top_k", self.top_k, 0, 2**31 - 1)
         _check_number("top_p", self.top_p, 0, 1, open_below=True)
@@ -53,6 +56,8 @@ class GenerationOptions:
         _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_biases(self.logit_bias)
         _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
         _check_texts("stop", self.stop)
@@ -103,6 +108,28 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """How likely each token of a prompt is behind those before it, from the second token on.
+
+    Kept as the worker sent it, a tenth of what the values would take as objects; iterating makes
+    one at a time.
+    """
+
+    token_ids: tuple[int, ...]  # the whole prompt
+    num_top: int  # likeliest tokens beside each
+    rows: bytes  # as docs/protocol.md has them, one a token but the first
+
+    def __len__(self) -> int:
+        return len(self.token_ids) - 1
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        row = struct.Struct(f"<f{self.num_top}i{self.num_top}f")
+        for token, (own, *top) in zip(self.token_ids[1:], row.iter_unpack(self.rows), strict=True):
+            best = zip(top[: self.num_top], top[self.num_top :], strict=True)
+            yield TokenLogprob(token, own, tuple(best))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """What one request yielded since the last piece. The last one has a `finish_reason`."""
@@ -113,6 +140,7 @@ class Piece:
     error: str | None = None  # one sentence, with finish_reason "error"
     detail: str = ""  # what "length" means, where it is not the length that was asked for
     logprobs: tuple[TokenLogprob, ...] = ()  # one a token, where they were asked for
+    prompt_logprobs: PromptLogprobs | None = None  # whole, in one piece, before the first token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +158,7 @@ class Completion:
     error: str | None = None
     detail: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
     token_times_s: tuple[float, ...] = ()  # when each token came, counted from the request
 
 

@@ -102,7 +102,8 @@ class WorkerLink:
 
     def __init__(self, link: Link, address: Address, facts: WorkerFacts) -> None:
         self.address, self.facts = address, facts
-        self.on_step_done: Callable[[StepDone, int], None] | None = None  # message, its epoch
+        # message, its payload and epoch
+        self.on_step_done: Callable[[StepDone, memoryview, int], None] | None = None
         self.on_report: Callable[[StepReport], None] | None = None
         self.on_link_lost: Callable[[LinkLost, int], None] | None = None  # message, its epoch
         self.on_lost: Callable[[WorkerLost], None] | None = None
@@ -305,7 +306,7 @@ class WorkerLink:
         match frame.message:
             case StepDone() as done:
                 if self.on_step_done is not None:
-                    self.on_step_done(done, frame.epoch)
+                    self.on_step_done(done, frame.payload, frame.epoch)
             case StepReport() as report:
                 if self.on_report is not None:
                     self.on_report(report)

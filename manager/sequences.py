@@ -17,6 +17,7 @@ from manager.generation import (
     Completion,
     GenerationOptions,
     Piece,
+    PromptLogprobs,
     TokenLogprob,
     decode_rate,
 )
@@ -67,6 +68,9 @@ class ActiveSequence:
         # reader gets fewer, longer pieces.
         self._unread = _Record()
         self._wake = asyncio.Event()
+        self._scores: list[bytes] = []  # of the prompt's tokens, as they come
+        self._num_scored = 0
+        self._give_scores_if_whole()
 
     # --- what the pipeline tells it ----------------------------------------------------------
 
@@ -96,6 +100,12 @@ class ActiveSequence:
     def history(self) -> Sequence[int]:
         """Distinct token ids seen so far, where a draw depends on them."""
         return list(self._seen)
+
+    def scores_came(self, num_tokens: int, rows: bytes) -> None:
+        """Take how likely the prompt's next tokens are; they come in order, each once."""
+        self._scores.append(rows)
+        self._num_scored += num_tokens
+        self._give_scores_if_whole()
 
     def token_came(self, token: int, drawn: Drawn | None, now_s: float) -> bool:
         """Take the next token of the text; True when a stop text is complete with it."""
@@ -159,10 +169,19 @@ class ActiveSequence:
             error=record.error,
             detail=record.detail,
             logprobs=tuple(record.logprobs),
+            prompt_logprobs=record.prompt_logprobs,
             token_times_s=tuple(times),
         )
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _give_scores_if_whole(self) -> None:
+        num_top, tokens = self.options.prompt_logprobs, self.prompt.token_ids
+        if num_top is None or self._num_scored + 1 < len(tokens):
+            return
+        whole = PromptLogprobs(tokens, num_top, b"".join(self._scores))
+        self._record.prompt_logprobs = self._unread.prompt_logprobs = whole
+        self._wake.set()
 
     def _add_token(self, token: int, drawn: Drawn | None, now_s: float) -> None:
         self._token_times_s.append(now_s - self._submitted_s)
@@ -191,6 +210,7 @@ class _Record:
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.stopped = False
         self.finish_reason: str | None = None
         self.error: str | None = None
@@ -205,4 +225,5 @@ class _Record:
             error=self.error,
             detail=self.detail,
             logprobs=tuple(self.logprobs),
+            prompt_logprobs=self.prompt_logprobs,
         )

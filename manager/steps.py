@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from engine.requests import PlannedRun, RunStep
 from manager.sequences import ActiveSequence, Constraint
 from proto.codec import pack_step_tables
-from proto.messages import Run, Step
+from proto.messages import Run, Scoring, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +137,19 @@ def _run(planned: PlannedRun, sequence: ActiveSequence, num_offsets: int) -> Run
         sampling=sequence.sampling(planned.draw, num_offsets) if planned.draws else None,
         state_slot=planned.state_slot,
         adapter=sequence.adapter,
+        scoring=_scoring(planned, sequence),
+    )
+
+
+def _scoring(planned: PlannedRun, sequence: ActiveSequence) -> Scoring | None:
+    rows = planned.scoring
+    if rows is None:
+        return None
+    return Scoring(
+        first_row=rows.first_row,
+        num_rows=rows.num_rows,
+        top=sequence.options.prompt_logprobs or 0,
+        next_token=rows.next_token,
     )
 
 

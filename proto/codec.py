@@ -15,7 +15,16 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from proto.errors import LocalProtocolError, RemoteProtocolError, VersionMismatch
-from proto.messages import MESSAGES, PROTOCOL_VERSION, Challenge, Hello, Message, Step, Welcome
+from proto.messages import (
+    MESSAGES,
+    PROTOCOL_VERSION,
+    Challenge,
+    Hello,
+    Message,
+    Step,
+    StepDone,
+    Welcome,
+)
 
 INT32_BYTES: Final = 4
 
@@ -212,3 +221,36 @@ def pack_step_tables(
 def mask_words(vocab_size: int) -> int:
     """Words of a mask: a bit a token, the first one in the lowest bit of the first word."""
     return -(-vocab_size // 32)
+
+
+# --- the payload of a step's answer ----------------------------------------------------------
+
+
+def score_bytes(top: int) -> int:
+    """Of one row: a log-probability, and the likeliest tokens with theirs."""
+    return 4 + 2 * INT32_BYTES * top
+
+
+def step_scores(done: StepDone, payload: memoryview) -> dict[int, memoryview]:
+    """The rows of each sequence that `done.scored` names, as views of bytes.
+
+    Raises:
+        RemoteProtocolError: the payload is not as long as they announce, or one is named twice.
+    """
+    announced = sum(scored.num_rows * score_bytes(scored.top) for scored in done.scored)
+    if payload.nbytes != announced:
+        raise RemoteProtocolError(
+            f"the answer to step {done.step} carries {payload.nbytes} bytes of payload, its "
+            f"{len(done.scored)} entries of log-probabilities announce {announced}"
+        )
+    rows: dict[int, memoryview] = {}
+    at = 0
+    for scored in done.scored:
+        if scored.sequence in rows:
+            raise RemoteProtocolError(
+                f"the answer to step {done.step} has log-probabilities of sequence "
+                f"{scored.sequence} twice"
+            )
+        end = at + scored.num_rows * score_bytes(scored.top)
+        rows[scored.sequence], at = payload[at:end], end
+    return rows

@@ -39,7 +39,7 @@ HEADER_BYTES: Final = HEADER.size + CHECKSUM.size
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
-# The largest metadata is a Step of MAX_RUNS = 4096 runs of at most 110 bytes each: 440 KiB.
+# The largest metadata is a Step of MAX_RUNS = 4096 runs of at most 128 bytes each: 512 KiB.
 MAX_METADATA_BYTES: Final = 1 * MIB
 # The largest payload is one prefill chunk: 4096 tokens x 16384 wide x 2 bytes = 128 MiB, and its
 # tables. Allow twice that, refuse more.
@@ -107,16 +107,22 @@ def _as_bytes(part: Buffer) -> Buffer:
 def _check_outgoing(
     message: Message, metadata_bytes: int, payload_bytes: int, epoch: int, limits: Limits
 ) -> None:
-    name = type(message).__name__
-    if metadata_bytes > limits.metadata_bytes or payload_bytes > limits.payload_bytes:
+    name, most = type(message).__name__, _most_payload_bytes(type(message), limits)
+    if metadata_bytes > limits.metadata_bytes or payload_bytes > most:
         raise LocalProtocolError(
             f"cannot send {name}: {metadata_bytes} bytes of metadata and {payload_bytes} of "
-            f"payload, the limits are {limits.metadata_bytes} and {limits.payload_bytes}"
+            f"payload, the limits are {limits.metadata_bytes} and {most}"
         )
     if payload_bytes and not message.HAS_PAYLOAD:
         raise LocalProtocolError(f"cannot send {name} with a payload: it carries none")
     if not 0 <= epoch < 2**32:
         raise LocalProtocolError(f"cannot send {name}: epoch {epoch} does not fit 32 bits")
+
+
+def _most_payload_bytes(kind: type[Message], limits: Limits) -> int:
+    """What a link allows, or the message itself."""
+    own = kind.MAX_PAYLOAD_BYTES
+    return limits.payload_bytes if own is None else min(own, limits.payload_bytes)
 
 
 # --- in --------------------------------------------------------------------------------------
@@ -231,8 +237,9 @@ class FrameReader:
             self._admit(kind)
         if metadata_bytes > self.limits.metadata_bytes:
             raise FrameTooLarge("metadata", metadata_bytes, self.limits.metadata_bytes)
-        if payload_bytes > self.limits.payload_bytes:
-            raise FrameTooLarge("payload", payload_bytes, self.limits.payload_bytes)
+        most = _most_payload_bytes(kind, self.limits)
+        if payload_bytes > most:
+            raise FrameTooLarge("payload", payload_bytes, most)
         if payload_bytes and not kind.HAS_PAYLOAD:
             raise RemoteProtocolError(f"{kind.__name__} announces a payload: it carries none")
         self._kind, self._epoch, self._expected_checksum = kind, epoch, checksum

@@ -24,6 +24,8 @@ MAX_STAGES: Final = 1024
 MAX_ADAPTERS: Final = 128  # on one worker; their list fits the metadata of a frame
 MAX_ADAPTER_NAME_CHARS: Final = 64
 MAX_ADAPTER_PATH_CHARS: Final = 1024
+# Of a step's prompt tokens: 4096 rows of at most 804 bytes each are 3.1 MiB.
+MAX_SCORE_BYTES: Final = 4 * 1024 * 1024
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bytes = Annotated[int, Meta(ge=0, le=2**53)]
@@ -34,6 +36,7 @@ Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Mac = Annotated[bytes, Meta(min_length=32, max_length=32)]
 AdapterName = Annotated[str, Meta(min_length=1, max_length=MAX_ADAPTER_NAME_CHARS)]
 AdapterPath = Annotated[str, Meta(min_length=1, max_length=MAX_ADAPTER_PATH_CHARS)]
+TopCount = Annotated[int, Meta(ge=0, le=100)]
 LeaseId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 SequenceId = Annotated[int, Meta(ge=0, le=2**53)]
 StepId = Annotated[int, Meta(ge=0, le=2**53)]
@@ -54,6 +57,7 @@ class Message(Struct, frozen=True, kw_only=True):
 
     TAG: ClassVar[int]
     HAS_PAYLOAD: ClassVar[bool] = False  # a payload on any other message is refused
+    MAX_PAYLOAD_BYTES: ClassVar[int | None] = None  # None: what the link allows
 
 
 class Role(Enum):
@@ -220,10 +224,19 @@ class Sampling(Struct, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    logprobs: Annotated[int, Meta(ge=0, le=100)] = 0  # top alternatives wanted; 0: none at all
+    logprobs: TopCount = 0  # top alternatives wanted; 0: none at all
     num_history: Count = 0  # distinct token ids seen so far, in the payload (penalties only)
     num_offsets: Count = 0  # tokens with a number to add to their logit, in the payload
     num_mask_words: Count = 0  # words of the mask of allowed tokens; 0: all are
+
+
+class Scoring(Struct, frozen=True, kw_only=True):
+    """Rows of a run whose next tokens are known, and get a log-probability."""
+
+    first_row: Count  # of the run, from 0; row r tells how likely token r + 1 is
+    num_rows: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    top: TopCount  # likeliest tokens wanted with each
+    next_token: Count | None = None  # behind the run's last token, where that row is one of them
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -239,6 +252,7 @@ class Run(Struct, frozen=True, kw_only=True):
     sampling: Sampling | None = None  # None: more of the prompt follows, nothing is drawn
     state_slot: Count | None = None  # place of its fixed-size state; None where the model has none
     adapter: Count | None = None  # the number that UseAdapter gave it; None: the model alone
+    scoring: Scoring | None = None  # None: nobody asks how likely the prompt's tokens are
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -277,15 +291,31 @@ class Drawn(Struct, frozen=True, kw_only=True):
     top: Annotated[list[tuple[Count, float]], Meta(max_length=100)] = []  # (token, logprob)
 
 
+class Scored(Struct, frozen=True, kw_only=True):
+    """How likely some tokens of one sequence's prompt are; the numbers are in the payload."""
+
+    sequence: SequenceId
+    start: Count  # position of the first of these tokens within its sequence
+    num_rows: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    top: TopCount
+
+
 class StepDone(Message, frozen=True, kw_only=True):
-    """Last worker to manager: what was drawn. Runs without sampling have no entry."""
+    """Last worker to manager: what was drawn. Runs without sampling have no entry.
+
+    Payload: for every entry of `scored`, in order, `num_rows` rows of log-probability float32;
+    likeliest tokens int32[top]; their log-probabilities float32[top]. All little endian.
+    """
 
     TAG = 33
+    HAS_PAYLOAD = True
+    MAX_PAYLOAD_BYTES = MAX_SCORE_BYTES
     lease: LeaseId
     step: StepId
     drawn: Annotated[list[Drawn], Meta(max_length=MAX_RUNS)]
     faults: Annotated[list[Fault], Meta(max_length=MAX_RUNS)] = []
     compute_s: Annotated[list[Seconds], Meta(max_length=MAX_STAGES)] = []
+    scored: Annotated[list[Scored], Meta(max_length=MAX_RUNS)] = []
 
 
 class StepReport(Message, frozen=True, kw_only=True):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from proto.errors import LocalProtocolError, PeerLost
+from proto.framing import Buffer
 from proto.link import Link
 from proto.messages import Message
 
 
-def answer(link: Link, message: Message, epoch: int = 0) -> None:
+def answer(link: Link, message: Message, *payload: Buffer, epoch: int = 0) -> None:
     """Send one message, unless the link is gone: its `on_closed` deals with that."""
     try:
-        link.send(message, epoch=epoch)
+        link.send(message, *payload, epoch=epoch)
     except PeerLost:
         pass
     except LocalProtocolError as exc:

@@ -16,11 +16,22 @@ import numpy as np
 import torch
 
 from engine.sampling import draw
+from engine.scoring import likelihoods, rows_at_once
 from engine.stage import StageRun
-from proto.codec import StepPayload, mask_words, step_payload
+from proto.codec import StepPayload, mask_words, score_bytes, step_payload
 from proto.errors import Error, StepFailed
 from proto.free_memory import free_cpu_bytes
-from proto.messages import MAX_REASON_CHARS, Drawn, Fault, Run, Sampling, Step
+from proto.messages import (
+    MAX_REASON_CHARS,
+    MAX_SCORE_BYTES,
+    Drawn,
+    Fault,
+    Run,
+    Sampling,
+    Scored,
+    Scoring,
+    Step,
+)
 from worker.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -72,6 +83,8 @@ class Outcome:
 
     hidden: memoryview | None = None  # (tokens, hidden_size) for the next stage
     drawn: list[Drawn] = field(default_factory=list)  # of the last stage
+    scored: list[Scored] = field(default_factory=list)  # and
+    scores: list[bytes] = field(default_factory=list)  # the rows of each
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -81,6 +94,7 @@ class Part:
 
     run: Run
     rows: slice  # of token ids and hidden states
+    token_ids: NDArray[np.int64]  # (num_tokens,)
     table: NDArray[np.int64]  # (num_blocks,)
     history: NDArray[np.int64]  # (num_history,)
     offset_tokens: NDArray[np.int64]  # (num_offsets,)
@@ -160,6 +174,7 @@ class StepComputer:
         if self._floats.largest(bits) >= self._floats.infinity:
             parts = self._keep_finite(parts, bits, outcome)
         if is_last:
+            parts = [part for part in parts if self._score(part, result, outcome)]
             self._draw(parts, result, outcome)
         else:
             outcome.hidden = bits.data.cast("B")
@@ -197,13 +212,14 @@ class StepComputer:
         judged = {fault.sequence for fault in step.faults}
         seen: set[int] = set()
         parts: list[Part] = []
-        row = entry = past = offset = mask = 0
+        row = entry = past = offset = mask = scores = 0
         for run in step.runs:
             sampling = run.sampling or NO_SAMPLING
             held = None if run.adapter is None else self._adapters.get(run.adapter)
             part = Part(
                 run,
-                slice(row, row := row + run.num_tokens),
+                slice(row, row + run.num_tokens),
+                token_ids[row : (row := row + run.num_tokens)],
                 tables[entry : (entry := entry + run.num_blocks)],
                 histories[past : (past := past + sampling.num_history)],
                 offset_tokens[offset : offset + sampling.num_offsets],
@@ -217,7 +233,11 @@ class StepComputer:
             if held is None and run.adapter is not None:
                 reason = f"its adapter (number {run.adapter}) is not in use in this lease"
             if reason is None and doubtful:
-                reason = self._out_of_range(part, token_ids[part.rows])
+                reason = self._out_of_range(part)
+            if reason is None and run.scoring is not None:
+                reason = self._unscorable(run, run.scoring, scores)
+                if reason is None:
+                    scores += _num_score_bytes(run.scoring)
             if run.sequence in seen:
                 parts = [other for other in parts if other.run.sequence != run.sequence]
                 reason = "it is in the step twice"
@@ -251,7 +271,31 @@ class StepComputer:
             )
         return None
 
-    def _out_of_range(self, part: Part, token_ids: NDArray[np.int64]) -> str | None:
+    def _unscorable(self, run: Run, scoring: Scoring, scores_before: int) -> str | None:
+        """Why rows of a run have no score to give; None if they have.
+
+        Args:
+            scores_before: bytes of the answer that other runs of the step take.
+        """
+        end, vocab_size = scoring.first_row + scoring.num_rows, self._stage.vocab_size
+        if end > run.num_tokens:
+            return f"row {end - 1} of it is to be scored, it has {run.num_tokens}"
+        if (scoring.next_token is not None) != (end == run.num_tokens):
+            which = "no token" if scoring.next_token is None else "a token"
+            return f"{which} stands behind its scored rows, which end at {end} of {run.num_tokens}"
+        if scoring.next_token is not None and scoring.next_token >= vocab_size:
+            return f"the token behind its scored rows is outside the vocabulary of {vocab_size}"
+        if scoring.top > vocab_size:
+            return f"the {scoring.top} likeliest of a vocabulary of {vocab_size} are wanted"
+        step_bytes = scores_before + _num_score_bytes(scoring)
+        if step_bytes > MAX_SCORE_BYTES:
+            return (
+                f"the log-probabilities of this step come to {step_bytes} bytes, an answer holds "
+                f"{MAX_SCORE_BYTES}"
+            )
+        return None
+
+    def _out_of_range(self, part: Part) -> str | None:
         """Which of a run's numbers is none of ours; None if all are."""
         vocab_size, table = self._stage.vocab_size, part.table
         if not _is_below(table, self._num_blocks):
@@ -259,7 +303,7 @@ class StepComputer:
                 f"the block table names blocks {table.min()} to {table.max()}, "
                 f"the lease has {self._num_blocks}"
             )
-        if not _is_below(token_ids, vocab_size):
+        if not _is_below(part.token_ids, vocab_size):
             return f"a token id is outside the vocabulary of {vocab_size}"
         if not _is_below(part.history, vocab_size):
             return f"the history has a token id outside the vocabulary of {vocab_size}"
@@ -284,6 +328,39 @@ class StepComputer:
                 reason = f"{what} in hidden states after layers {start}:{end}"
                 self._fault(part.run, outcome, reason)
         return kept
+
+    def _score(self, part: Part, hidden: Tensor, outcome: Outcome) -> bool:
+        """How likely a run's next tokens are, where that is asked; False: it is a fault now."""
+        scoring = part.run.scoring
+        if scoring is None:
+            return True
+        first = part.rows.start + scoring.first_row
+        rows = hidden[first : first + scoring.num_rows]
+        following = part.token_ids[scoring.first_row + 1 :][: scoring.num_rows]
+        if scoring.next_token is not None:
+            following = np.append(following, scoring.next_token)
+        scores = []
+        piece = rows_at_once(self._stage.vocab_size)
+        for at in range(0, scoring.num_rows, piece):
+            some = rows[at : at + piece].to(self._stage.device)
+            logits = self._stage.logits(some, [part.adapter] * len(some))
+            try:
+                scores.append(
+                    likelihoods(logits, torch.from_numpy(following[at : at + piece]), scoring.top)
+                )
+            except StepFailed as exc:
+                self._fault(part.run, outcome, str(exc))
+                return False
+        outcome.scored.append(
+            Scored(
+                sequence=part.run.sequence,
+                start=part.run.start + scoring.first_row + 1,
+                num_rows=scoring.num_rows,
+                top=scoring.top,
+            )
+        )
+        outcome.scores.append(b"".join(scores))
+        return True
 
     def _draw(self, parts: list[Part], hidden: Tensor, outcome: Outcome) -> None:
         drawing = [part for part in parts if part.run.sampling is not None]
@@ -329,7 +406,8 @@ class StepComputer:
 
     def _fault_all(self, step: Step, outcome: Outcome, reason: str) -> None:
         """Every sequence that nobody has judged yet; tokens drawn before the error do not count."""
-        outcome.drawn.clear()
+        for made in (outcome.drawn, outcome.scored, outcome.scores):
+            made.clear()
         judged = {fault.sequence for fault in (*step.faults, *outcome.faults)}
         for run in step.runs:
             if run.sequence not in judged:
@@ -345,6 +423,10 @@ def _places(parts: list[Part]) -> Tensor:
 def _is_below(numbers: NDArray[np.int64], end: int) -> bool:
     """Whether all are in [0, end); a negative one is a huge one when its sign is ignored."""
     return not numbers.size or int(numbers.view(np.uint64).max()) < end
+
+
+def _num_score_bytes(scoring: Scoring) -> int:
+    return scoring.num_rows * score_bytes(scoring.top)
 
 
 def _is_plain_greedy(sampling: Sampling) -> bool:

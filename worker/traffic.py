@@ -104,5 +104,6 @@ class Traffic:
             drawn=outcome.drawn,
             faults=[*step.faults, *outcome.faults],
             compute_s=[*step.compute_s, passage.compute_s],
+            scored=outcome.scored,
         )
-        answer(passage.lease.manager, done, epoch=passage.epoch)
+        answer(passage.lease.manager, done, *outcome.scores, epoch=passage.epoch)

@@ -40,13 +40,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=PROMPTS,
-        new_tokens=st.integers(1, 24),
+        new_tokens=st.integers(0, 24),
+        scores=st.booleans(),
         eos=st.frozensets(st.integers(0, 39), max_size=3),
     )
-    def submit(self, prompt: list[int], new_tokens: int, eos: frozenset[int]) -> None:
+    def submit(self, prompt: list[int], new_tokens: int, scores: bool, eos: frozenset[int]) -> None:
         salt = self.shell.model.salt(prompt)
         number = len(self.shell.stories)
-        self.shell.submit(Request(number, tuple(prompt), new_tokens, eos, salt))
+        self.shell.submit(Request(number, tuple(prompt), new_tokens, eos, salt, scores))
 
     @precondition(lambda self: self.shell.busy_stages)
     @rule(steps=st.lists(st.integers(0, 3), min_size=1, max_size=12))

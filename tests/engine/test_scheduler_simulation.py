@@ -36,12 +36,14 @@ def random_request(rng: random.Random, sequence: int, model: ToyModel) -> Reques
     # Few different beginnings, so that many prompts share some of their blocks.
     beginning = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 6], []][rng.randrange(3)]
     prompt = tuple(beginning + [rng.randrange(3) for _ in range(rng.randint(1, 6))])
+    scores = rng.choice(["no", "no", "too", "only"])
     return Request(
         sequence,
         prompt,
-        max_new_tokens=rng.choice([1, 5, 12, 40]),
+        max_new_tokens=rng.choice([1, 5, 12, 40]) if scores != "only" else 0,
         eos=frozenset({7}) if rng.random() < 0.5 else frozenset(),
         prompt_salt=model.salt(prompt) or rng.choice([0, 0, 0, "tenant"]),
+        scores_prompt=scores != "no",
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from manager.encoding import Encoder, Prompt
-from manager.generation import GenerationOptions, Piece
+from manager.generation import GenerationOptions, Piece, TokenLogprob
 from manager.sequences import ActiveSequence
 from manager.text import Vocabulary
 from proto.errors import RequestRefused, UsageError
@@ -120,3 +122,27 @@ def test_what_a_template_does_not_take_is_one_sentence():
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RequestRefused, match=r"tiny does not take .* roles must alternate"):
         Encoder(strict, "tiny").encode_chat([{"role": "user", "content": "x"}])
+
+
+async def test_the_scores_of_a_prompt_come_whole_with_the_piece_that_has_the_last_of_them():
+    active = sequence((5, 6, 7), prompt_logprobs=1)
+    active.scores_came(1, struct.pack("<fif", -2.0, 9, -0.5))
+    active.scores_came(1, struct.pack("<fif", -0.25, 7, -0.25))
+    active.token_came(ids_of("fox")[0], None, now_s=11.0)
+    active.finish("length", now_s=12.0)
+    (piece,) = await read(active)
+    assert piece.prompt_logprobs is not None and len(piece.prompt_logprobs) == 2
+    assert list(piece.prompt_logprobs) == [
+        TokenLogprob(6, -2.0, ((9, -0.5),)),
+        TokenLogprob(7, -0.25, ((7, -0.25),)),
+    ]
+    assert active.completion().prompt_logprobs == piece.prompt_logprobs
+
+
+async def test_a_prompt_of_one_token_has_no_scores_and_says_so_at_once():
+    active = sequence((5,), prompt_logprobs=0, max_new_tokens=0)
+    active.finish("length", now_s=12.0)
+    (piece,) = await read(active)
+    assert piece.prompt_logprobs is not None and list(piece.prompt_logprobs) == []
+    with pytest.raises(RequestRefused, match="max_new_tokens is 0"):
+        sequence((5,), max_new_tokens=0)

@@ -29,6 +29,8 @@ from proto.messages import (  # noqa: E402
     Role,
     Run,
     Sampling,
+    Scored,
+    Scoring,
     WorkerFacts,
 )
 from proto.session import CONVERSATION, LISTENER, OPENER, TRANSITIONS, State  # noqa: E402
@@ -38,8 +40,10 @@ PARTS = (
     WorkerFacts,
     Run,
     Sampling,
+    Scoring,
     Fault,
     Drawn,
+    Scored,
     AdapterFacts,
 )  # structs that only occur inside messages
 

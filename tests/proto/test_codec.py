@@ -13,12 +13,15 @@ from proto.codec import (
     encode,
     kind_of,
     pack_step_tables,
+    score_bytes,
     step_layout,
     step_payload,
+    step_scores,
 )
 from proto.errors import LocalProtocolError, RemoteProtocolError, VersionMismatch
 from proto.messages import (
     MAX_REASON_CHARS,
+    MAX_SCORE_BYTES,
     MESSAGES,
     PROTOCOL_VERSION,
     Fault,
@@ -29,7 +32,9 @@ from proto.messages import (
     Ping,
     Run,
     Sampling,
+    Scored,
     Step,
+    StepDone,
 )
 from tests.proto.wire_examples import (
     EXAMPLES,
@@ -253,3 +258,44 @@ def test_what_is_packed_has_the_length_that_the_runs_announce(runs, hidden_size,
 def test_a_number_that_does_not_fit_32_bits_is_not_packed(number):
     with pytest.raises(LocalProtocolError, match="32 bits"):
         pack_step_tables([number], [], [])
+
+
+# --- the payload of its answer ---------------------------------------------------------------
+
+
+def done_with(*scored: Scored) -> StepDone:
+    return StepDone(lease=LEASE, step=1, drawn=[], scored=list(scored))
+
+
+def scored(sequence: int, num_rows: int, top: int = 1) -> Scored:
+    return Scored(sequence=sequence, start=1, num_rows=num_rows, top=top)
+
+
+def test_the_rows_of_each_sequence_are_views_of_the_payload():
+    payload = bytearray(range(12 * 2 + 4 * 3))
+    rows = step_scores(done_with(scored(7, 2), scored(8, 3, top=0)), memoryview(payload))
+    assert {number: bytes(view) for number, view in rows.items()} == {
+        7: bytes(range(24)),
+        8: bytes(range(24, 36)),
+    }
+    payload[24] = 99
+    assert rows[8][0] == 99
+    assert step_scores(done_with(), memoryview(b"")) == {}
+
+
+@pytest.mark.parametrize(
+    ("entries", "num_bytes", "words"),
+    [
+        ([scored(7, 2)], 23, "carries 23 bytes of payload, its 1 entries .* announce 24"),
+        ([], 4, "carries 4 bytes of payload, its 0 entries .* announce 0"),
+        ([scored(7, 2**31 - 1, top=100)] * 4096, 0, "announce"),
+        ([scored(7, 1), scored(7, 1)], 24, "of sequence 7 twice"),
+    ],
+)
+def test_rows_that_are_not_as_announced_are_refused(entries, num_bytes, words):
+    with pytest.raises(RemoteProtocolError, match=words):
+        step_scores(done_with(*entries), memoryview(bytes(num_bytes)))
+
+
+def test_the_longest_step_with_the_most_alternatives_fits_an_answer():
+    assert 4096 * score_bytes(100) < MAX_SCORE_BYTES

@@ -29,7 +29,7 @@ from proto.framing import (
     Limits,
     encode_frame,
 )
-from proto.messages import MESSAGES, Goodbye, Ping, Step
+from proto.messages import MAX_SCORE_BYTES, MESSAGES, Goodbye, Ping, Step, StepDone
 from tests.proto.wire_examples import EXAMPLES, KINDS, STEP, STEP_PAYLOAD, Example, messages
 
 GOLDEN = Path(__file__).with_name("golden_frames.txt")
@@ -193,6 +193,15 @@ def test_the_limit_itself_is_accepted_and_one_more_is_not(part, limit):
     FrameReader(limits).receive(header(**{f"{part}_bytes": limit}))
     with pytest.raises(FrameTooLarge, match=f"{limit + 1} bytes of {part}.*accepts {limit}"):
         FrameReader(limits).receive(header(**{f"{part}_bytes": limit + 1}))
+
+
+def test_the_payload_of_an_answer_has_a_limit_of_its_own():
+    FrameReader().receive(header(tag=StepDone.TAG, payload_bytes=MAX_SCORE_BYTES))
+    with pytest.raises(FrameTooLarge, match=f"accepts {MAX_SCORE_BYTES}"):
+        FrameReader().receive(header(tag=StepDone.TAG, payload_bytes=MAX_SCORE_BYTES + 1))
+    done = EXAMPLES[StepDone].message
+    with pytest.raises(LocalProtocolError, match=f"and {MAX_SCORE_BYTES}$"):
+        encode_frame(done, [bytes(MAX_SCORE_BYTES + 1)])
 
 
 # --- damage ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from proto.errors import (
 )
 from proto.framing import MIB, PAYLOAD_ALIGNMENT
 from proto.link import LinkSettings
-from proto.messages import Leased, Refused, Role, Status, StatusRequest, Step
+from proto.messages import Leased, Refused, Role, Status, StatusRequest, Step, StepDone
 from tests.proto.wire_examples import EXAMPLES, LEASE, STEP, STEP_PAYLOAD, WELCOME
 
 STATUS = EXAMPLES[Status].message
@@ -362,5 +362,5 @@ def test_settings_of_a_link_are_above_zero(field):
         LinkSettings(**{field: 0})
 
 
-def test_a_step_is_the_only_message_with_a_payload():
-    assert [kind for kind in EXAMPLES if kind.HAS_PAYLOAD] == [Step]
+def test_steps_and_their_answers_are_the_only_messages_with_a_payload():
+    assert [kind for kind in EXAMPLES if kind.HAS_PAYLOAD] == [Step, StepDone]

@@ -43,6 +43,8 @@ from proto.messages import (
     Routed,
     Run,
     Sampling,
+    Scored,
+    Scoring,
     SectionHeld,
     SectionLoading,
     SectionRefused,
@@ -99,7 +101,14 @@ STEP = Step(
     lease=LEASE,
     step=70_000,
     runs=[
-        Run(sequence=1, start=0, num_tokens=2, num_blocks=1, rope_length=2),
+        Run(
+            sequence=1,
+            start=0,
+            num_tokens=2,
+            num_blocks=1,
+            rope_length=2,
+            scoring=Scoring(first_row=0, num_rows=2, top=1, next_token=8),
+        ),
         Run(
             sequence=2,
             start=16,
@@ -165,8 +174,11 @@ EXAMPLES: dict[type[Message], Example] = {
             step=70_000,
             drawn=[Drawn(sequence=2, token=262, logprob=-0.5, top=[(262, -0.5), (5, -1.25)])],
             compute_s=[0.25, 0.5],
+            scored=[Scored(sequence=1, start=1, num_rows=2, top=1)],
         ),
         epoch=0x01020304,
+        # token 6 behind token 5, and the likeliest there, 9; token 8 behind both, and 8 itself
+        payload=struct.pack("<fiffif", -2.0, 9, -0.5, -0.25, 8, -0.25),
     ),
     StepReport: Example(
         StepReport(

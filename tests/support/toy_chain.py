@@ -41,6 +41,9 @@ class ToyModel:
     def draw(self, hidden: int, draw: int) -> int:
         return hash((hidden, draw)) % self.vocab_size
 
+    def score(self, hidden: int, next_token: int) -> int:
+        return hash((hidden, next_token, "score"))
+
     def salt(self, request_prompt: Sequence[int]) -> int:
         return len(request_prompt) if self.rope_by_length else 0
 
@@ -48,6 +51,8 @@ class ToyModel:
 def unbatched(model: ToyModel, request: Request, max_context: int) -> list[int]:
     """What the request generates alone; a drawn end token included, as the last."""
     tokens, drawn = list(request.prompt), 0
+    if not request.max_new_tokens:
+        return []
     base, layers = len(tokens), [list[int]() for _ in range(model.num_layers)]
     while True:
         switch = model.rope_switch
@@ -66,6 +71,19 @@ def unbatched(model: ToyModel, request: Request, max_context: int) -> list[int]:
             return tokens[len(request.prompt) :]
         if len(tokens) == max_context:
             return tokens[len(request.prompt) :]
+
+
+def scores_alone(model: ToyModel, request: Request) -> list[int]:
+    """How likely each token of the prompt is, from the second on."""
+    prompt, layers = request.prompt, [list[int]() for _ in range(model.num_layers)]
+    scores = []
+    for position, token in enumerate(prompt[:-1]):
+        hidden, table = token, model.table(len(prompt), position)
+        for layer, context in enumerate(layers):
+            context.append(model.kv(layer, position, table, hidden))
+            hidden = model.attend(layer, hidden, context)
+        scores.append(model.score(hidden, prompt[position + 1]))
+    return scores
 
 
 @dataclass(slots=True)
@@ -98,6 +116,7 @@ class ToyChain:
             [[rng.getrandbits(32) for _ in range(block_tokens)] for _ in range(num_blocks)]
             for _ in range(model.num_layers)
         ]
+        self.scores: dict[int, list[int]] = {}  # by sequence, of the step that returned last
 
     def issue(self, command: RunStep) -> None:
         self._queues[0].append(ToyStep(command, [list(run.tokens) for run in command.runs]))
@@ -125,7 +144,22 @@ class ToyChain:
             for run, hidden in zip(step.command.runs, step.hidden, strict=True)
             if run.draws and run.sequence not in step.faults
         }
-        return StepReturned(step.command.step, tokens, step.faults)
+        self.scores = {
+            run.sequence: self._scores(run, hidden)
+            for run, hidden in zip(step.command.runs, step.hidden, strict=True)
+            if run.scoring is not None and run.sequence not in step.faults
+        }
+        scored = frozenset(self.scores)
+        return StepReturned(step.command.step, tokens, step.faults, scored=scored)
+
+    def _scores(self, run: PlannedRun, hidden: Sequence[int]) -> list[int]:
+        assert run.scoring is not None and run.scoring.num_rows > 0
+        first = run.scoring.first_row
+        last = first + run.scoring.num_rows - 1
+        assert first >= 0 and last < len(run.tokens)
+        assert (run.scoring.next_token is not None) == (last == len(run.tokens) - 1)
+        following = [*run.tokens[1:], run.scoring.next_token or 0]
+        return [self._model.score(hidden[row], following[row]) for row in range(first, last + 1)]
 
     def _compute(self, stage: int, step: ToyStep, index: int) -> None:
         run, hidden = step.command.runs[index], step.hidden[index]

@@ -19,6 +19,7 @@ from engine.requests import (
     Refused,
     Request,
     RunStep,
+    Scored,
     StepReturned,
     Stopped,
     Submitted,
@@ -26,7 +27,7 @@ from engine.requests import (
     TopologyRestored,
 )
 from engine.scheduler import Scheduler
-from tests.support.toy_chain import ToyChain, ToyModel, unbatched
+from tests.support.toy_chain import ToyChain, ToyModel, scores_alone, unbatched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Story:
 
     request: Request
     tokens: list[int] = field(default_factory=list)
+    scores: list[int] = field(default_factory=list)  # of its prompt's tokens, from the second on
     finished: Finished | None = None
     refused: Refused | None = None
     issued: int = 0  # positions that were handed to a step
@@ -67,6 +69,7 @@ class ToyShell:
         self.model, self.limits = model, limits
         self.stories: dict[int, Story] = {}
         self.faults: set[int] = set()
+        self.ended: set[int] = set()  # by the user
         self.restarts = 0  # of sequences whose KV is computed anew
         self.log: list[tuple[Event, list[Command]]] = []
         self.scheduler = Scheduler(
@@ -99,6 +102,7 @@ class ToyShell:
         self._expect_over(sequence, "cancelled")
 
     def stop(self, sequence: int) -> None:
+        self.ended.add(sequence)
         self.handle(Stopped(sequence))
         self._expect_over(sequence, "stop")
 
@@ -142,9 +146,9 @@ class ToyShell:
         if self._late:
             step = self._late.pop()
             tokens = {run.sequence: 1 for run in step.runs}
+            late = StepReturned(step.step, tokens, {}, scored=frozenset(tokens))
             assert not any(
-                isinstance(command, Generated | Finished)
-                for command in self.handle(StepReturned(step.step, tokens, {}))
+                isinstance(command, Generated | Scored | Finished) for command in self.handle(late)
             )
 
     def run_dry(self) -> None:
@@ -170,6 +174,8 @@ class ToyShell:
                     story = self._live_story(command.sequence)
                     assert command.draw == len(story.tokens)
                     story.tokens.append(command.token)
+                case Scored():
+                    self._take_scores(command)
                 case Finished():
                     self._live_story(command.sequence).finished = command
                 case Refused():
@@ -187,6 +193,10 @@ class ToyShell:
         expected = unbatched(self.model, story.request, self.limits.max_context)
         got, finished = list(story.tokens), story.finished
         assert finished is not None
+        scores = scores_alone(self.model, story.request) if story.request.scores_prompt else []
+        assert story.scores == scores[: len(story.scores)], (number, story)
+        if story.tokens or (finished.reason in ("stop", "length") and number not in self.ended):
+            assert len(story.scores) == len(scores)
         if finished.eos_token is not None:
             assert finished.reason == "stop" and finished.eos_token in story.request.eos
             got.append(finished.eos_token)
@@ -197,6 +207,15 @@ class ToyShell:
             assert len(story.request.prompt) + len(got) == self.limits.max_context
         elif finished.reason == "error":
             assert number in self.faults and finished.detail
+
+    def _take_scores(self, command: Scored) -> None:
+        assert self._chain is not None
+        story = self._live_story(command.sequence)
+        assert story.request.scores_prompt and not story.tokens
+        assert command.start == 1 + len(story.scores)  # none is lost, none comes twice
+        scores = self._chain.scores[command.sequence]
+        assert command.num_tokens == len(scores)
+        story.scores += scores
 
     def _issue(self, step: RunStep) -> None:
         assert self._chain is not None, "a step was issued while there is no chain"
@@ -224,7 +243,8 @@ class ToyShell:
         text = [*story.request.prompt, *story.tokens]
         end = run.start + len(run.tokens)
         assert list(run.tokens) == text[run.start : end] and run.tokens
-        assert run.draws == (end == len(text)) and run.draw == len(story.tokens)
+        assert run.draws == (end == len(text) and story.request.max_new_tokens > 0)
+        assert run.draw == len(story.tokens)
         assert len(run.blocks) == -(-end // self.limits.block_tokens)
         assert set(run.blocks) <= set(range(self._num_blocks))
         assert (run.state_slot is not None) == (self.limits.num_state_slots > 0)

@@ -21,6 +21,7 @@ from proto.messages import (
     Routed,
     Run,
     Sampling,
+    Scoring,
     Step,
     StepDone,
 )
@@ -77,6 +78,7 @@ class Part:
     offsets: Sequence[tuple[int, float]] = ()
     mask: bytes = b""
     adapter: int | None = None
+    scoring: Scoring | None = None
 
 
 def pack(lease: bytes, step: int, parts: Sequence[Part]) -> tuple[Step, bytes, memoryview]:
@@ -95,6 +97,7 @@ def pack(lease: bytes, step: int, parts: Sequence[Part]) -> tuple[Step, bytes, m
                 rope_length=end,
                 sampling=part.sampling,
                 adapter=part.adapter,
+                scoring=part.scoring,
             )
         )
     tokens = [token for part in parts for token in part.tokens]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine import scoring
 from engine.stage import Stage, load_stage
 from proto.codec import StepPayload, pack_step_tables, step_payload
-from proto.messages import Fault, Sampling, Step
+from proto.messages import Fault, Sampling, Scoring, Step
 from tests.support.wire import Part, pack
 from worker.steps import FLOATS, Outcome, StepComputer
 
@@ -152,6 +153,95 @@ def test_greedy_tokens_of_a_batch_are_those_that_are_drawn_one_by_one(
     assert all(drawn.top[0] == (drawn.token, drawn.logprob) for drawn in apart)
 
 
+def rows_of(scores: bytes, top: int) -> np.ndarray:
+    kinds = [("own", "<f4"), ("tokens", "<i4", (top,)), ("values", "<f4", (top,))]
+    return np.frombuffer(scores, dtype=kinds)
+
+
+def expected_logprobs(stage: Stage, some: Part) -> torch.Tensor:
+    """What the stage's own logits say of every row of a run that begins its sequence."""
+    hidden = rows(run(computer_of(stage), some))
+    return torch.log_softmax(stage.logits(hidden).double(), dim=-1)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 1000])
+def test_rows_are_scored_in_pieces_beside_runs_that_are_not(
+    tail: Stage, part: Make, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(scoring, "PIECE_VALUES", rows_at_once * tail.vocab_size)
+    tokens = [1, 2, 3, 4, 5]
+    parts = [
+        part(1, [9, 8], blocks=[0]),
+        part(2, tokens, blocks=[1], scoring=Scoring(first_row=0, num_rows=4, top=3)),
+        part(
+            3,
+            tokens,
+            blocks=[2],
+            sampling=None,
+            scoring=Scoring(first_row=1, num_rows=4, top=0, next_token=6),
+        ),
+    ]
+    outcome = run(computer_of(tail), *parts, is_last=True)
+    assert outcome.faults == [] and [drawn.sequence for drawn in outcome.drawn] == [1, 2]
+    drawn = run(computer_of(tail), part(2, tokens, blocks=[1]), is_last=True).drawn
+    assert drawn[0].token == outcome.drawn[1].token
+    assert [(it.sequence, it.start, it.num_rows, it.top) for it in outcome.scored] == [
+        (2, 1, 4, 3),
+        (3, 2, 4, 0),
+    ]
+    expected = expected_logprobs(tail, part(2, tokens, blocks=[1]))
+    whole, last = rows_of(outcome.scores[0], 3), rows_of(outcome.scores[1], 0)
+    own = [float(expected[row, token]) for row, token in enumerate([2, 3, 4, 5, 6])]
+    assert whole["own"] == pytest.approx(own[:4], abs=1e-5)
+    assert last["own"] == pytest.approx(own[1:], abs=1e-5)
+    best = expected[:4].topk(3)
+    assert whole["tokens"].tolist() == best.indices.tolist()
+    assert whole["values"] == pytest.approx(best.values.numpy(), abs=1e-5)
+
+
+def test_a_token_that_is_the_likeliest_one_has_the_same_number_twice(
+    tail: Stage, part: Make
+) -> None:
+    first = expected_logprobs(tail, part(1, [7]))[0].argmax()
+    asked = Scoring(first_row=0, num_rows=1, top=1)
+    outcome = run(computer_of(tail), part(1, [7, int(first)], scoring=asked), is_last=True)
+    (row,) = rows_of(outcome.scores[0], 1)
+    assert row["tokens"][0] == first and row["own"] == row["values"][0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"first_row": 1, "num_rows": 2}, "row 2 of it is to be scored, it has 2"),
+        ({"num_rows": 2**31 - 1, "top": 100}, "is to be scored, it has 2"),
+        ({"num_rows": 2}, "no token stands behind its scored rows, which end at 2 of 2"),
+        ({"next_token": 5}, "a token stands behind its scored rows, which end at 1 of 2"),
+        ({"num_rows": 2, "next_token": 128}, "the token behind its scored rows is outside the"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_a_fault_of_one_sequence(
+    tail: Stage, part: Make, asked: dict[str, Any], reason: str
+) -> None:
+    asked = {"first_row": 0, "num_rows": 1, "top": 1, **asked}
+    bad = part(1, [1, 2], blocks=[0], scoring=Scoring(**asked))
+    good = part(2, [1, 2], blocks=[1], scoring=Scoring(first_row=0, num_rows=1, top=1))
+    outcome = run(computer_of(tail), bad, good, is_last=True)
+    assert [(fault.sequence, reason in fault.reason) for fault in outcome.faults] == [(1, True)]
+    assert [it.sequence for it in outcome.scored] == [2] and len(outcome.scores) == 1
+    assert [drawn.sequence for drawn in outcome.drawn] == [2]
+
+
+def test_more_rows_than_an_answer_holds_are_faults_of_those_that_come_last(
+    tail: Stage, part: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.steps.MAX_SCORE_BYTES", 40)
+    asked = Scoring(first_row=0, num_rows=2, top=2)
+    three = [part(s, [1, 2, 3], blocks=[s], scoring=asked) for s in range(3)]
+    outcome = run(computer_of(tail), *three, is_last=True)
+    assert [it.sequence for it in outcome.scored] == [0]
+    assert all("an answer holds 40" in fault.reason for fault in outcome.faults)
+
+
 class Broken:
     """A real stage whose head or layers fail."""
 
@@ -170,6 +260,15 @@ class Broken:
         logits = self._stage.logits(hidden, adapters).clone()
         logits[0, 5] = torch.nan
         return logits
+
+
+def test_nan_in_the_logits_of_a_scored_row_is_a_fault_and_nothing_is_drawn(
+    tail: Stage, part: Make
+) -> None:
+    asked = Scoring(first_row=0, num_rows=1, top=1)
+    outcome = run(computer_of(Broken(tail)), part(1, [1, 2], scoring=asked), is_last=True)
+    assert [fault.reason for fault in outcome.faults] == ["the logits hold NaN or infinity"]
+    assert outcome.drawn == [] and outcome.scored == []
 
 
 def test_nan_in_the_logits_is_a_fault_of_its_row_alone(tail: Stage, part: Make) -> None:
