@@ -7,7 +7,7 @@ request, since one goes out for every token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -66,6 +66,7 @@ class Answer:
     kind = ""
     chunk_kind = ""
     prefix = ""
+    num_echoed = 0  # numbers about the prompts in it: with many, it takes a while to put together
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class Answer:
         self.model = model
         self._include_usage = include_usage
         self._num_top, self._token_bytes = num_top, token_bytes
+        self._texts: dict[int, tuple[str, bytes]] = {}  # of tokens that were asked for
         # With usage asked for, every event before the last says that it is not there yet.
         tail = {"usage": None} if include_usage else {}
         self._tail = encode(tail)[1:-1]
@@ -126,9 +128,14 @@ class Answer:
     def whole(self) -> bytes:
         """All of it."""
         made = self._frame(self.kind)
-        made["choices"] = [self._choice(at, it) for at, it in enumerate(self.choices)]
+        chosen = [(at, self.choices[at]) for at in self._answered()]
+        made["choices"] = [self._choice(*it) | {"index": index} for index, it in enumerate(chosen)]
         made["usage"] = usage(self.prompt_tokens, self.choices)
         return encode(made)
+
+    def _answered(self) -> Iterable[int]:
+        """The choices that the client gets, in this order."""
+        return range(len(self.choices))
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
@@ -137,72 +144,12 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _token(self, token: int) -> tuple[str, bytes]:
-        assert self._token_bytes is not None
-        raw = self._token_bytes(token)
-        return raw.decode("utf-8", "replace"), raw
-
-
-class CompletionAnswer(Answer):
-    """Of /v1/completions."""
-
-    kind = chunk_kind = "text_completion"
-    prefix = "cmpl"
-
-    def __init__(self, *args: Any, echoes: Sequence[str] = (), **values: Any) -> None:
-        """`echoes`: what stands before each choice's text, where that was asked for."""
-        super().__init__(*args, **values)
-        self._echoes = list(echoes) or [""] * len(self.choices)
-        self._offsets = [len(echo) for echo in self._echoes]
-
-    def opening(self) -> bytes:
-        return b"".join(
-            self._event(self._part(at, echo, None, b"null"))
-            for at, echo in enumerate(self._echoes)
-            if echo
-        )
-
-    def events(self, index: int, piece: Piece) -> bytes:
-        self.add(index, piece)
-        if not piece.text and not piece.logprobs and piece.finish_reason is None:
-            return b""
-        logprobs = b"null" if self._num_top is None else encode(self._logprobs(index, piece))
-        return self._event(self._part(index, piece.text, piece.finish_reason, logprobs))
-
-    def _part(self, index: int, text: str, finish_reason: str | None, logprobs: bytes) -> bytes:
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
-            index,
-            encode(text),
-            logprobs,
-            encode(finish_reason),
-        )
-
-    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        logprobs = None
-        if self._num_top is not None:
-            whole = Piece(text=choice.text, logprobs=tuple(choice.logprobs))
-            logprobs = self._logprobs(index, whole)
-        return {
-            "index": index,
-            "text": self._echoes[index] + choice.text,
-            "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
-        }
-
-    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
-        tokens, offsets, tops = [], [], []
-        for it in piece.logprobs:
-            text, _ = self._token(it.token_id)
-            tokens.append(text)
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
-            best = {self._token(token)[0]: value for token, value in it.top[: self._num_top]}
-            tops.append({**best, text: it.logprob})
-        return {
-            "tokens": tokens,
-            "token_logprobs": [it.logprob for it in piece.logprobs],
-            "top_logprobs": tops if self._num_top else None,
-            "text_offset": offsets,
-        }
+        known = self._texts.get(token)
+        if known is None:
+            assert self._token_bytes is not None
+            raw = self._token_bytes(token)
+            known = self._texts[token] = raw.decode("utf-8", "replace"), raw
+        return known
 
 
 class ChatAnswer(Answer):

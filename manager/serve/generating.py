@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Wanted:
     """One sequence of a request."""
 
+    choice: int  # of the answer, that it is
     prompt: Prompt
     options: GenerationOptions
     constraint: Constraint | None = None
@@ -41,7 +42,7 @@ class Run:
 
 
 async def pieces_of(run: Run, wanted: Sequence[Wanted]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """(index, piece) of all sequences as they come; closing it early frees everything at once.
+    """(choice, piece) of all sequences as they come; closing it early frees everything at once.
 
     Raises:
         ApiError: one cannot run, failed, or took too long.
@@ -65,13 +66,13 @@ async def pieces_of(run: Run, wanted: Sequence[Wanted]) -> AsyncGenerator[tuple[
     try:
         one = _one(run, wanted[0]) if len(wanted) == 1 else _merged(run, wanted)
         async with aclosing(one) as pieces:
-            async for index, piece in pieces:
-                yield index, piece
+            async for choice, piece in pieces:
+                yield choice, piece
     finally:
         run.admission.give_back(len(wanted))
 
 
-async def _one(run: Run, wanted: Wanted, index: int = 0) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _one(run: Run, wanted: Wanted) -> AsyncGenerator[tuple[int, Piece], None]:
     started_s = asyncio.get_running_loop().time()
     async with run.admission.run():
         run.waited_s = asyncio.get_running_loop().time() - started_s
@@ -81,7 +82,7 @@ async def _one(run: Run, wanted: Wanted, index: int = 0) -> AsyncGenerator[tuple
                 async for piece in pieces:
                     if piece.finish_reason in ("error", "cancelled"):
                         raise _failed(run, piece)
-                    yield index, piece
+                    yield wanted.choice, piece
         except Error as exc:
             raise translated(exc) from exc
 
@@ -97,16 +98,16 @@ async def _merged(run: Run, wanted: Sequence[Wanted]) -> AsyncGenerator[tuple[in
     # Bounded by what the sequences may generate; a slow reader finds longer pieces.
     arrived: asyncio.Queue[tuple[int, Piece] | ApiError | None] = asyncio.Queue(2 * len(wanted))
 
-    async def follow(index: int) -> None:
+    async def follow(one: Wanted) -> None:
         try:
-            async with aclosing(_one(run, wanted[index], index)) as pieces:
+            async with aclosing(_one(run, one)) as pieces:
                 async for item in pieces:
                     await arrived.put(item)
             await arrived.put(None)
         except ApiError as exc:
             await arrived.put(exc)
 
-    tasks = [asyncio.ensure_future(follow(index)) for index in range(len(wanted))]
+    tasks = [asyncio.ensure_future(follow(one)) for one in wanted]
     try:
         left = len(tasks)
         while left:

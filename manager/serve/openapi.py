@@ -45,8 +45,13 @@ def document() -> dict[str, Any]:
     components["Model"] = _object(
         id={"type": "string"}, object={"const": "model"}, created=COUNT, owned_by={"type": "string"}
     )
-    components["Completion"] = _generated("text_completion", "text")
-    components["ChatCompletion"] = _generated("chat.completion", "message")
+    components["Logprobs"] = _logprobs()
+    components["Completion"] = _generated(
+        "text_completion",
+        text={"type": "string"},
+        logprobs={"anyOf": [_ref("Logprobs"), {"type": "null"}]},
+    )
+    components["ChatCompletion"] = _generated("chat.completion", message={"type": "object"})
     return {
         "openapi": "3.1.0",
         "info": {
@@ -124,12 +129,20 @@ def _errors() -> dict[str, Any]:
     }
 
 
-def _generated(kind: str, part: str) -> dict[str, Any]:
-    choice = _object(
-        index=COUNT,
-        **{part: {"type": "string"} if part == "text" else {"type": "object"}},
-        finish_reason={"enum": ["stop", "length", "tool_calls"]},
+def _logprobs() -> dict[str, Any]:
+    """Of a completion; the first token of an echoed prompt has null for a number."""
+    number: dict[str, Any] = {"type": ["number", "null"], "maximum": 0}
+    top = {"type": ["object", "null"], "additionalProperties": {"type": "number", "maximum": 0}}
+    return _object(
+        tokens={"type": "array", "items": {"type": "string"}},
+        token_logprobs={"type": "array", "items": number},
+        top_logprobs={"type": ["array", "null"], "items": top},
+        text_offset={"type": "array", "items": COUNT},
     )
+
+
+def _generated(kind: str, **parts: Any) -> dict[str, Any]:
+    choice = _object(index=COUNT, **parts, finish_reason={"enum": ["stop", "length", "tool_calls"]})
     return _object(
         id={"type": "string"},
         object={"const": kind},

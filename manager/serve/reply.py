@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Final
+from typing import Final, TypeVarTuple
 
 from starlette.types import Receive, Scope, Send
 
@@ -22,6 +22,11 @@ from manager.serve.log import Log
 from manager.serve.metrics import Metrics
 from manager.serve.service import Work
 from manager.serve.traces import RequestTraces
+
+Parts = TypeVarTuple("Parts")
+
+# So many log-probabilities become JSON in some milliseconds.
+INLINE_NUMBERS: Final = 4096
 
 CLIENT_GONE: Final = 499  # as nginx counts it; nobody reads it
 
@@ -130,7 +135,7 @@ class Reply:
                 async for index, piece in pieces:
                     self._account.tokens(len(piece.token_ids))
                     answer.add(index, piece)
-        body = answer.whole()
+        body = await self._made(answer.whole)
         length = (b"content-length", str(len(body)).encode())
         await sent.start(200, [*JSON_HEADERS, length])
         await sent.body(body, more=False)
@@ -141,7 +146,10 @@ class Reply:
             async with aclosing(pieces_of(self._run, self._work.wanted)) as pieces:
                 async for index, piece in pieces:
                     account.tokens(len(piece.token_ids))
-                    said = answer.events(index, piece)
+                    if piece.prompt_logprobs is None:
+                        said = answer.events(index, piece)
+                    else:
+                        said = await self._made(answer.events, index, piece)
                     if not sent.has_started:  # an error before the first piece has its own status
                         await sent.start(200, EVENT_HEADERS)
                         said = answer.opening() + said
@@ -151,6 +159,12 @@ class Reply:
             await sent.start(200, EVENT_HEADERS)
             await sent.body(answer.opening())
         await sent.body(answer.closing(), more=False)
+
+    async def _made(self, make: Callable[[*Parts], bytes], *args: *Parts) -> bytes:
+        """A part of the answer; on a thread where prompts make it long."""
+        if self._work.answer.num_echoed < INLINE_NUMBERS:
+            return make(*args)
+        return await asyncio.to_thread(make, *args)
 
     async def _fail(self, sent: Sent, error: ApiError) -> None:
         if not sent.has_started:

@@ -138,10 +138,19 @@ class Common(msgspec.Struct, kw_only=True):
         return number
 
     def options(
-        self, *, max_new_tokens: int, logprobs: int, adapter: str | None, choice: int
+        self,
+        *,
+        max_new_tokens: int,
+        logprobs: int,
+        adapter: str | None,
+        choice: int,
+        prompt_logprobs: int | None = None,
+        end_tokens: tuple[int, ...] = (),
     ) -> GenerationOptions:
         """How choice number `choice` is generated.
 
+        Args:
+            end_tokens: that end it beside the model's own.
         Raises:
             ApiError: a value is out of its bounds.
         """
@@ -159,7 +168,9 @@ class Common(msgspec.Struct, kw_only=True):
                 # Any whole number is a seed; each choice has one of its own.
                 seed=None if self.seed is None else (self.seed + choice) & MAX_SEED,
                 stop=self._stops(),
+                stop_token_ids=() if self.ignore_eos else end_tokens,
                 logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
                 ignore_eos=bool(self.ignore_eos),
                 adapter=adapter,
             )
@@ -191,6 +202,56 @@ class CompletionRequest(Common, kw_only=True):
     logprobs: int | None = None
     echo: bool | None = False
     suffix: str | None = None
+    best_of: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """Tokens that may follow each prompt.
+
+        Raises:
+            ApiError: negative; or none, and the prompt is not wanted either.
+        """
+        limit = wanted_tokens("max_tokens", _or(self.max_tokens, 16))
+        if not limit and not self.echo:
+            raise bad_value("max_tokens", "max_tokens is 0; it takes at least 1 unless echo is on.")
+        return limit or 0
+
+    @property
+    def num_top(self) -> int | None:
+        """Alternatives wanted beside every token; None: no log-probabilities.
+
+        Raises:
+            ApiError: more than there may be.
+        """
+        return None if self.logprobs is None else check_top_logprobs("logprobs", self.logprobs)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are wanted."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def num_candidates(self) -> int:
+        """Texts to generate of every prompt; `num_choices` of them are the answer.
+
+        Raises:
+            ApiError: fewer than are to be the answer, more than anybody needs, or in a stream.
+        """
+        if self.best_of is None:
+            return self.num_choices
+        if not self.num_choices <= self.best_of <= MAX_CHOICES:
+            raise bad_value(
+                "best_of",
+                f"best_of is {self.best_of}; it takes a whole number from n, {self.num_choices}, "
+                f"to {MAX_CHOICES}.",
+            )
+        if self.streams and self.best_of > self.num_choices:
+            raise bad_value(
+                "best_of",
+                f"best_of is {self.best_of} and n {self.num_choices}: which texts are the best is "
+                "known at their end, so leave stream out.",
+            )
+        return self.best_of
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         """Each prompt, as text or as token ids.

@@ -6,14 +6,17 @@ Knows the pipeline and OpenAI's words; no HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from manager.encoding import Prompt
-from manager.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from manager.serve.answers import Answer, ChatAnswer
+from manager.serve.completion_answer import CompletionAnswer
 from manager.serve.conversation import template_messages
+from manager.serve.echoes import Echo
 from manager.serve.errors import ApiError, bad_value, translated
+from manager.serve.fill_in import Gap, find_gap
 from manager.serve.generating import Wanted
 from manager.serve.grammar import GrammarConstraint, Grammars, json_grammar, token_bytes
 from manager.serve.keeper import Keeper
@@ -48,6 +51,27 @@ class Work:
     answer: Answer
     adapter: str | None
     streams: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What the choices of one prompt have in common."""
+
+    prompt: Prompt
+    max_new_tokens: int
+    num_top: int | None
+    adapter: str | None
+    num_choices: int
+    first_choice: int = 0  # its number in the answer
+    grammar: str | None = None
+    is_scored: bool = False  # the prompt's own log-probabilities are asked for
+    is_ranked: bool = False  # the likeliest choices are kept
+    end_tokens: tuple[int, ...] = ()  # that end a text beside the model's own
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether log-probabilities of what is generated are needed."""
+        return self.num_top is not None or self.is_ranked
 
 
 class Service:
@@ -100,40 +124,44 @@ class Service:
             ApiError: it cannot run; says why.
         """
         pipeline = self._pipeline()
-        if request.suffix:
-            raise bad_value("suffix", "suffix: this server writes at the end of a text only.")
         adapter = await self._adapter(pipeline, request.model)
-        said = request.prompts()
+        said, limit, num_top = request.prompts(), request.limit, request.num_top
+        # Without a token to follow, the choices of a prompt are all the same.
+        candidates = request.num_candidates if limit else request.num_choices
         prompts = [await self._prompt(pipeline, prompt) for prompt in said]
-        limit = wanted_tokens("max_tokens", request.max_tokens)
-        num_top = request.logprobs
-        if num_top is not None:
-            check_top_logprobs("logprobs", num_top)
-        if request.echo and num_top is not None:
-            raise bad_value("echo", "echo: log-probabilities of the prompt are not computed here.")
-        echoes = []
-        if request.echo:
-            texts = [it if isinstance(it, str) else self._text(pipeline, it) for it in said]
-            echoes = [text for text in texts for _ in range(request.num_choices)]
-        if limit == 0 and not request.echo:
-            raise bad_value("max_tokens", "max_tokens is 0; it takes at least 1 unless echo is on.")
+        echoes = await self._echoes(pipeline, request, prompts) if request.echo else []
+        end_tokens: tuple[int, ...] = ()
+        if request.suffix:
+            gap = self._gap(pipeline, request)
+            prompts = [await self._with_gap(gap, it, request.suffix) for it in said]
+            end_tokens = gap.end_tokens
         wanted = []
-        for prompt in prompts if limit != 0 else []:
-            tokens = self._room(pipeline, prompt, 16 if limit is None else limit)
-            wanted += await self._choices(pipeline, request, prompt, tokens, num_top, adapter)
+        for at, prompt in enumerate(prompts if limit or request.is_scored else []):
+            draft = Draft(
+                prompt=prompt,
+                max_new_tokens=self._room(pipeline, prompt, limit, least=0),
+                num_top=num_top,
+                adapter=adapter,
+                first_choice=at * candidates,
+                num_choices=candidates if limit else 1,
+                is_scored=request.is_scored,
+                is_ranked=candidates > request.num_choices,
+                end_tokens=end_tokens,
+            )
+            wanted += await self._choices(pipeline, request, draft)
         answer = CompletionAnswer(
             request_id,
             request.model or pipeline.model_name,
-            len(prompts) * request.num_choices,
+            len(prompts) * candidates,
             sum(len(prompt.token_ids) for prompt in prompts),
             include_usage=request.include_usage,
             num_top=num_top,
             token_bytes=await self._token_bytes(num_top),
+            candidates=candidates,
+            kept=request.num_choices if candidates > request.num_choices else None,
             echoes=echoes,
         )
-        if not wanted:
-            for choice in answer.choices:
-                choice.finish_reason = "length"
+        answer.end_those_not_in({it.choice for it in wanted})
         return Work(wanted, answer, adapter, request.streams)
 
     async def chat(self, request: ChatRequest, request_id: str) -> Work:
@@ -155,9 +183,15 @@ class Service:
             num_top = check_top_logprobs("top_logprobs", request.top_logprobs or 0)
         elif request.top_logprobs:
             raise bad_value("top_logprobs", "top_logprobs needs logprobs to be true.")
-        wanted = await self._choices(
-            pipeline, request, prompt, tokens, num_top, adapter, plan.grammar
+        draft = Draft(
+            prompt=prompt,
+            max_new_tokens=tokens,
+            num_top=num_top,
+            adapter=adapter,
+            num_choices=request.num_choices,
+            grammar=plan.grammar,
         )
+        wanted = await self._choices(pipeline, request, draft)
         answer = ChatAnswer(
             request_id,
             request.model or pipeline.model_name,
@@ -231,17 +265,8 @@ class Service:
             self._tools = Tools(pipeline.tokenizer)
         return pipeline
 
-    async def _choices(
-        self,
-        pipeline: Pipeline,
-        request: Common,
-        prompt: Prompt,
-        max_new_tokens: int,
-        num_top: int | None,
-        adapter: str | None,
-        grammar: str | None = None,
-    ) -> list[Wanted]:
-        """The choices of one prompt."""
+    async def _choices(self, pipeline: Pipeline, request: Common, draft: Draft) -> list[Wanted]:
+        """The choices of one prompt; the first one scores it, for all of them."""
         vocab_size = pipeline.workers[0].vocab_size
         for token in request.logit_bias or {}:
             if token.isascii() and token.isdigit() and int(token) >= vocab_size:
@@ -250,15 +275,17 @@ class Service:
                     f"logit_bias: token id {token} is none of the model's, 0 to {vocab_size - 1}.",
                 )
         wanted = []
-        for choice in range(request.num_choices):
+        for choice in range(draft.num_choices):
             options = request.options(
-                max_new_tokens=max_new_tokens,
-                logprobs=0 if num_top is None else max(1, num_top),
-                adapter=adapter,
+                max_new_tokens=draft.max_new_tokens,
+                logprobs=max(1, draft.num_top or 0) if draft.is_counted else 0,
+                prompt_logprobs=draft.num_top if draft.is_scored and not choice else None,
+                adapter=draft.adapter,
                 choice=choice,
+                end_tokens=draft.end_tokens,
             )
-            constraint = await self._constraint(request.response_format, grammar)
-            wanted.append(Wanted(prompt, options, constraint))
+            constraint = await self._constraint(request.response_format, draft.grammar)
+            wanted.append(Wanted(draft.first_choice + choice, draft.prompt, options, constraint))
         return wanted
 
     async def _constraint(
@@ -318,14 +345,67 @@ class Service:
             )
         return Prompt(said, continues_text=True)
 
-    def _room(self, pipeline: Pipeline, prompt: Prompt, wanted: int | None) -> int:
+    async def _echoes(
+        self, pipeline: Pipeline, request: CompletionRequest, prompts: Sequence[Prompt]
+    ) -> list[Echo]:
+        """The prompts as they stand before their texts."""
+        return [
+            await self._echo(pipeline, said, prompt, is_scored=request.is_scored)
+            for said, prompt in zip(request.prompts(), prompts, strict=True)
+        ]
+
+    async def _echo(
+        self, pipeline: Pipeline, said: str | tuple[int, ...], prompt: Prompt, *, is_scored: bool
+    ) -> Echo:
+        """One of them; with its tokens' places where those are said, and the tokenizer knows."""
+        if not isinstance(said, str):
+            return Echo(self._text(pipeline, said), said)
+        if not is_scored or not getattr(pipeline.tokenizer, "is_fast", False):
+            return Echo(said, prompt.token_ids)
+        found = await self._thread(
+            len(said),
+            lambda: pipeline.tokenizer(said, return_offsets_mapping=True, verbose=False),
+        )
+        if tuple(found["input_ids"]) != prompt.token_ids:
+            return Echo(said, prompt.token_ids)
+        return Echo(said, prompt.token_ids, tuple(int(end) for _, end in found["offset_mapping"]))
+
+    def _gap(self, pipeline: Pipeline, request: CompletionRequest) -> Gap:
+        """How the model marks a gap between a prompt and a suffix.
+
+        Raises:
+            ApiError: it does not, or the prompt cannot be scored with one.
+        """
+        gap = find_gap(pipeline.tokenizer, pipeline.workers[0].vocab_size)
+        if gap is None:
+            raise bad_value(
+                "suffix",
+                f"the model {pipeline.model_name} has no tokens that mark a gap in a text (such as "
+                "<|fim_prefix|>), so it writes at the end only: leave suffix out.",
+            )
+        if request.is_scored:
+            raise bad_value(
+                "suffix",
+                "suffix: with it the model does not read the prompt alone, so echo has no "
+                "log-probabilities of it: leave out suffix, or logprobs.",
+            )
+        return gap
+
+    async def _with_gap(self, gap: Gap, said: str | tuple[int, ...], suffix: str) -> Prompt:
+        size = len(said) + len(suffix)
+        ids = await self._thread(size, lambda: gap.prompt(said, suffix))
+        return Prompt(ids, continues_text=True)
+
+    def _room(
+        self, pipeline: Pipeline, prompt: Prompt, wanted: int | None, *, least: int = 1
+    ) -> int:
         """How many tokens may follow a prompt.
 
         Raises:
             ApiError: not so many, or none at all; says both numbers.
         """
         context, length = pipeline.max_context, len(prompt.token_ids)
-        if length >= context or (wanted is not None and length + wanted > context):
+        if length + (1 if wanted is None else wanted) > context:
             asked = f"{length} tokens of prompt"
             if wanted is not None:
                 asked += f" and up to {wanted} to follow"
@@ -334,8 +414,8 @@ class Service:
                 f"this model's context is {context} tokens; the request has {asked}: shorten it.",
                 code="context_length_exceeded",
             )
-        if wanted == 0:
-            raise bad_value("max_tokens", "max_tokens is 0; it takes at least 1.")
+        if wanted is not None and wanted < least:
+            raise bad_value("max_tokens", f"max_tokens is {wanted}; it takes at least {least}.")
         return context - length if wanted is None else wanted
 
     async def _token_bytes(self, num_top: int | None) -> Callable[[int], bytes] | None:

@@ -42,6 +42,8 @@ REQUESTS = [
     Asked(prompt_of(40), greedy(temperature=0.8, top_k=20, seed=12, logprobs=2)),
     Asked(prompt_of(21), greedy(repetition_penalty=1.3)),
     Asked(prompt_of(27), greedy(temperature=1.0, min_p=0.05, repetition_penalty=1.2, seed=13)),
+    Asked(prompt_of(LONG_PROMPT)[::-1], greedy(prompt_logprobs=2)),
+    Asked(prompt_of(300), GenerationOptions(max_new_tokens=0, prompt_logprobs=0)),
 ]
 
 
@@ -61,6 +63,7 @@ def undisturbed(fleet) -> list[Heard]:
     async def ask() -> list[Heard]:
         async with await open_over(fleet.made_whole()) as pipeline:
             heard = await ask_all(pipeline, REQUESTS)
+            assert [len(it.prompt_logprobs) for it in heard[-2:]] == [LONG_PROMPT - 1, 299]
             # A text that the model really writes, to stop another request in the same place.
             stop = heard[1].completion.text[4:7]
             stopped = Asked(prompt_of(3), greedy(stop=(stop,)))
@@ -120,6 +123,7 @@ MOMENTS = ("during prefill", "at the first token", "in the middle", "before the 
 def check(heard: list[Heard], undisturbed: list[Heard]) -> None:
     for one, expected in zip(heard, undisturbed, strict=True):
         assert one.story == expected.story
+        assert one.prompt_logprobs == pytest.approx(expected.prompt_logprobs, abs=1e-4)
         one.check_pieces()
 
 

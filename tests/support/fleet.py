@@ -84,6 +84,13 @@ class Heard:
         tokens = [token for piece in self.pieces for token in piece.token_ids]
         assert tokens == list(self.completion.token_ids)
         assert "".join(piece.text for piece in self.pieces) == self.completion.text
+        scores = [it.prompt_logprobs for it in self.pieces if it.prompt_logprobs is not None]
+        assert scores == [self.completion.prompt_logprobs] * len(scores) and len(scores) < 2
+
+    @property
+    def prompt_logprobs(self) -> list[float]:
+        """Of the prompt's tokens, where they were asked for."""
+        return [it.logprob for it in self.completion.prompt_logprobs or ()]
 
 
 async def ask_all(
