@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions
 from manager.pipeline import Pipeline
 from proto.errors import AdapterError, RequestRefused
-from tests.support.adapters import adapted, greedy
+from tests.support.adapters import adapted, greedy, logits_of
 from tests.support.chains import (
     VOCAB,
     TinyModel,
@@ -108,6 +109,26 @@ def test_sequences_with_different_adapters_and_none_share_steps_and_equal_peft(s
 
     on_workers(served.workers, check)
     assert len({tuple(served.expected(PROMPTS[0], user)) for user in served.models}) == 4
+
+
+def test_prompts_are_scored_under_their_adapters_beside_others_in_a_step(served):
+    users = ["medicine", None, "law"]  # the last one changes the lm_head
+    scored = [options(user, prompt_logprobs=1) for user in users]
+    asked = [*scored, *(options(user) for user in users)]
+
+    async def check(pipeline: Pipeline) -> None:
+        done = await asyncio.gather(*(pipeline.generate(PROMPTS[2], it) for it in asked))
+        for user, completion in zip(users, done, strict=False):
+            whole = torch.log_softmax(logits_of(served.models[user], PROMPTS[2]), dim=-1)
+            own = [float(whole[at, token]) for at, token in enumerate(PROMPTS[2][1:])]
+            said = list(completion.prompt_logprobs)
+            assert [it.token_id for it in said] == PROMPTS[2][1:]
+            assert [it.logprob for it in said] == pytest.approx(own, abs=1e-4), user
+            best = whole[:-1].argmax(dim=-1).tolist()
+            assert [it.top[0][0] for it in said] == best
+            assert list(completion.token_ids) == served.expected(PROMPTS[2], user), user
+
+    on_workers(served.workers, check)
 
 
 def test_a_prompt_s_beginning_is_shared_within_an_adapter_and_never_across(served):
