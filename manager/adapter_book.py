@@ -10,12 +10,13 @@ import asyncio
 import re
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Final
 
 from manager.adapter_loading import all_of, check_same, gather_all, load_everywhere
+from manager.asked_once import AskedOnce, has_failed, hear
 from manager.event_loop import in_background
 from manager.links import Refusal, WorkerLink
 from proto.adapter_name import is_adapter_name
@@ -32,14 +33,23 @@ class AdapterUse:
 
     name: str
     number: int  # of it within the lease
-    announced: asyncio.Task[str]  # to all workers; its fingerprint
+    announced: asyncio.Task[AdapterFacts]  # to all workers; what the first says of it
     num_requests: int = 0
-    known_by: set[WorkerLink] = field(default_factory=set)
 
     @property
     def fingerprint(self) -> str:
         """Of the adapter, which is the same on all workers."""
-        return self.announced.result()
+        return self.announced.result().fingerprint
+
+    @property
+    def path(self) -> str:
+        """Its folder, where the first worker has it."""
+        return self.announced.result().path
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all workers of a chain knew it."""
+        return self.announced.done() and not has_failed(self.announced)
 
 
 class AdapterBook:
@@ -51,6 +61,9 @@ class AdapterBook:
         self._uses: dict[str, AdapterUse] = {}
         self._names: dict[str, str] = {}  # what requests say -> what the workers call it
         self._loaded: dict[str, str] = {}  # for this pipeline only: name -> folder
+        self._own: set[tuple[WorkerLink, str]] = set()  # who has loaded such a one
+        self._adding: AskedOnce[AdapterFacts] = AskedOnce()  # by name
+        self._using: AskedOnce[AdapterFacts] = AskedOnce()  # by number
         self.fingerprints: dict[str, str] = {}  # of what was provided, by what requests say
 
     # --- before requests ---------------------------------------------------------------------
@@ -91,8 +104,10 @@ class AdapterBook:
             }:
                 return known_facts[0]
         name = f"{name_for(folder)}.{secrets.token_hex(4)}"
-        loaded = (await load_everywhere(self._links, name, wire_path(folder)))[0]
+        links = self._links
+        loaded = (await load_everywhere(links, name, wire_path(folder)))[0]
         self._loaded[name] = wire_path(folder)
+        self._own.update((link, name) for link in links)
         if fingerprint is not None and loaded.fingerprint != fingerprint:
             raise AdapterError(
                 f"--adapter {said}: the workers have another adapter in {folder} than this "
@@ -125,10 +140,9 @@ class AdapterBook:
             if not is_adapter_name(name):
                 raise RequestRefused(f"{name[:80]!r} is no adapter's name.")
             number = next(self._numbers)
-            known_by: set[WorkerLink] = set()
-            announced = asyncio.ensure_future(self._announce(name, number, known_by))
-            announced.add_done_callback(_hear)
-            use = self._uses[name] = AdapterUse(name, number, announced, known_by=known_by)
+            announced = asyncio.ensure_future(self._announce(name, number))
+            announced.add_done_callback(hear)
+            use = self._uses[name] = AdapterUse(name, number, announced)
         use.num_requests += 1
         try:
             # Others may wait for it as well: who gives up does not take it from them.
@@ -147,41 +161,67 @@ class AdapterBook:
             return
         if self._uses.get(use.name) is use:
             del self._uses[use.name]
+        self._using.forget(lambda _, number: number == use.number)
         for link in self._links:
             link.release_adapter(self._lease, use.number)
 
     async def follow(self, links: Sequence[WorkerLink]) -> None:
-        """The chain has changed: let its newcomers have what requests use.
+        """The chain is to be another: let its newcomers have what requests use.
 
         Raises:
             Refusal: one of them cannot, or holds another adapter of that name.
             WorkerLost: a worker does not answer.
         """
         self._links = links
+        for void in (self._adding, self._using):
+            void.forget(lambda link, _: not link.is_open)
+        self._own = {(link, name) for link, name in self._own if link.is_open}
         for link in links:
             await self._teach(link)
 
+    def lease_ended(self, link: WorkerLink) -> None:
+        """This worker has no lease of ours any more: numbers mean nothing to it."""
+        self._using.forget(lambda other, _: other is link)
+
     def forget(self, link: WorkerLink) -> None:
-        """This worker has given up our lease, and what it knew with it."""
-        for use in self._uses.values():
-            use.known_by.discard(link)
+        """This worker begins anew: what it held for us is gone, and our lease with it."""
+        self.lease_ended(link)
+        self._adding.forget(lambda other, _: other is link)
+        self._own = {(other, name) for other, name in self._own if other is not link}
 
     async def _teach(self, link: WorkerLink) -> None:
+        if not self._loaded and not self._uses:
+            return
         try:
-            held = {it.name for it in await link.adapters()} if self._loaded else set()
+            held = {it.name for it in await link.adapters()}
             for name, folder in self._loaded.items():
-                if name not in held:
-                    await link.adapter(AddAdapter(name=name, path=folder))
-            for use in tuple(self._uses.values()):
-                is_known = use.announced.done() and not _failed(use.announced)
-                if is_known and link not in use.known_by:
-                    question = UseAdapter(lease=self._lease, number=use.number, name=use.name)
-                    facts = await link.adapter(question)
-                    if facts.fingerprint != use.fingerprint:
-                        raise Refusal(link.address, f"holds another adapter {use.name}")
-                    use.known_by.add(link)
+                await self._bring(link, name, folder, held)
+            for use in [it for it in self._uses.values() if it.is_known]:
+                await self._tell(link, use, held)
         except AdapterError as exc:
             raise Refusal(link.address, f"cannot take part: {exc}") from exc
+
+    async def _bring(self, link: WorkerLink, name: str, folder: str, held: set[str]) -> None:
+        """Have it load an adapter, for this pipeline, unless it holds it."""
+        if name in held or (link, name) in self._own:
+            return
+        question = AddAdapter(name=name, path=folder)
+        await self._adding.ask(link, name, lambda: link.adapter(question))
+        self._own.add((link, name))
+
+    async def _tell(self, link: WorkerLink, use: AdapterUse, held: set[str]) -> None:
+        """Have its runs know the number of an adapter, unless they do."""
+
+        async def ask() -> AdapterFacts:
+            # Others may have had it added while all ran; who started since does not hold it.
+            await self._bring(link, use.name, use.path, held)
+            return await self._use(link, use.name, use.number)
+
+        facts = await self._using.ask(link, use.number, ask)
+        if self._uses.get(use.name) is not use:  # its last request ended meanwhile
+            link.release_adapter(self._lease, use.number)
+        elif facts.fingerprint != use.fingerprint:
+            raise Refusal(link.address, f"holds another adapter {use.name}")
 
     def close(self) -> None:
         """The lease ends, and with it every use."""
@@ -189,12 +229,19 @@ class AdapterBook:
             use.announced.cancel()
         self._uses.clear()
 
-    async def _announce(self, name: str, number: int, known_by: set[WorkerLink]) -> str:
-        question, links = UseAdapter(lease=self._lease, number=number, name=name), self._links
-        held = all_of(await gather_all(links, lambda it: it.adapter(question)))
+    async def _announce(self, name: str, number: int) -> AdapterFacts:
+        links = self._links
+        held = all_of(
+            await gather_all(
+                links,
+                lambda link: self._using.ask(link, number, lambda: self._use(link, name, number)),
+            )
+        )
         check_same(links, held)
-        known_by.update(links)
-        return held[0].fingerprint
+        return held[0]
+
+    async def _use(self, link: WorkerLink, name: str, number: int) -> AdapterFacts:
+        return await link.adapter(UseAdapter(lease=self._lease, number=number, name=name))
 
 
 async def held_everywhere(links: Sequence[WorkerLink]) -> dict[str, list[AdapterFacts]]:
@@ -262,16 +309,6 @@ def wire_path(folder: Path) -> str:
             f"{MAX_ADAPTER_PATH_CHARS} are possible."
         )
     return path
-
-
-def _hear(announced: asyncio.Task[str]) -> None:
-    """Where all who asked have given up, nobody else hears of an error."""
-    if not announced.cancelled():
-        announced.exception()
-
-
-def _failed(announced: asyncio.Task[str]) -> bool:
-    return announced.cancelled() or announced.exception() is not None
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -7,11 +7,11 @@ The one place where a `ConnectionConfig` becomes a `TextServer`.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,9 @@ from proto.errors import UsageError
 
 if TYPE_CHECKING:
     from manager.dispatcher import Trace
+    from manager.keeper import OnChain
     from manager.pipeline import Pipeline, TokensHint
+    from manager.recovery import RecoverySettings
     from manager.text_server import TextServer
 
 
@@ -94,19 +96,18 @@ async def open_pipeline(
     max_tokens_hint: TokensHint | None,
     adapters: Collection[str] = (),
     trace: Trace | None = None,
+    on_chain: OnChain = lambda _: None,
 ) -> AsyncIterator[Pipeline]:
     """A pipeline for the block; then leases are given back and spawned workers ended.
 
     Args:
         trace: told when each step was where, instead of the file that `config` names.
+        on_chain: told of each loss, and None when requests go on.
     """
+    recovery = _recovery(config)
     async with _workers(config, notices, adapters) as workers:
         from manager.pipeline import Pipeline
-        from manager.recovery import RecoverySettings
 
-        recovery = RecoverySettings(timeout_s=config.recovery_timeout)
-        if config.spawn is not None:  # a worker that died is being started again
-            recovery = replace(recovery, resplit_after_s=None)
         trace, event_log = trace or _open_trace(config), None
         try:
             if config.event_log is not None:
@@ -123,6 +124,7 @@ async def open_pipeline(
                 event_log=event_log,
                 on_progress=notices.show,
                 on_notice=notices.say,
+                on_chain=on_chain,
             )
         except BaseException:
             for opened in (trace, event_log):
@@ -135,6 +137,23 @@ async def open_pipeline(
                 await pipeline.provide_adapters(adapters)
             notices.clear()
             yield pipeline
+
+
+def _recovery(config: ConnectionConfig) -> RecoverySettings:
+    """How long to wait for what after a loss.
+
+    Raises:
+        UsageError: for a time that is none.
+    """
+    from manager.recovery import TAKEOVER_AFTER_S, RecoverySettings
+
+    after_s = config.takeover_after
+    if after_s is None:  # a worker that died under --spawn is being started again
+        after_s = math.inf if config.spawn is not None else TAKEOVER_AFTER_S
+    return RecoverySettings(
+        timeout_s=config.recovery_timeout,
+        resplit_after_s=None if after_s == math.inf else after_s,
+    )
 
 
 @asynccontextmanager

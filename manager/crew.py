@@ -16,7 +16,7 @@ from manager.links import WorkerLink, open_link
 from proto.address import Address
 from proto.errors import Error, WorkerLoading, WorkerLost
 from proto.keys import Keys
-from proto.messages import LinkLost, Role
+from proto.messages import LinkLost, Role, Status
 
 FIRST_CALL_S: Final = 0.05
 LAST_CALL_S: Final = 1.0
@@ -38,6 +38,7 @@ class Crew:
     Args:
         links: those that are open.
         absent: the addresses where nobody answers, and why.
+        compute_deadline_s: who has been computing one thing for longer is not there for us.
         on_lost: told of each link that ends by itself.
         on_link_lost: told when a worker has lost the one behind it, with the epoch of that chain.
     """
@@ -48,10 +49,12 @@ class Crew:
         absent: Mapping[Address, Error],
         *,
         keys: Keys,
+        compute_deadline_s: float,
         on_lost: Callable[[WorkerLink, WorkerLost], None],
         on_link_lost: Callable[[WorkerLink, LinkLost, int], None],
     ) -> None:
-        self._keys, self._on_lost, self._on_link_lost = keys, on_lost, on_link_lost
+        self._keys, self._compute_deadline_s = keys, compute_deadline_s
+        self._on_lost, self._on_link_lost = on_lost, on_link_lost
         self._links: dict[Address, WorkerLink] = {}
         self.absent = {address: Absentee(str(error)) for address, error in absent.items()}
         self._changed = asyncio.Event()
@@ -119,7 +122,7 @@ class Crew:
         pause_s = FIRST_CALL_S
         while True:
             try:
-                link = await open_link(address, role=Role.MANAGER, keys=self._keys)
+                link = await self._open(address)
             except WorkerLoading as loading:
                 if loading.percent != absentee.percent:
                     self.progressed_s = time.monotonic()
@@ -137,3 +140,24 @@ class Crew:
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * SLOWER, LAST_CALL_S)
+
+    async def _open(self, address: Address) -> WorkerLink:
+        """A link to a worker that can compute: one that hangs answers all the same.
+
+        Raises:
+            Error: nobody is there, or nobody who can.
+        """
+        link = await open_link(address, role=Role.MANAGER, keys=self._keys)
+        try:
+            status = await link.status()
+            if status.working_s > self._compute_deadline_s:
+                raise WorkerLost(str(address), at_one_step(status))
+        except BaseException as exc:
+            await link.close(f"the manager cannot use it: {exc}")
+            raise
+        return link
+
+
+def at_one_step(status: Status) -> str:
+    """Why a worker that answers counts as lost."""
+    return f"it has been computing one step for {status.working_s:.0f} s"

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final
 
 from manager.adapter_book import AdapterBook
-from manager.crew import Crew
+from manager.crew import Crew, at_one_step
 from manager.dispatcher import Dispatcher, Trace
 from manager.links import WorkerLink
 from manager.opening import Loaded
@@ -24,10 +24,9 @@ from proto.errors import WorkerLost
 from proto.keys import Keys
 from proto.messages import LinkLost, Status, Step, StepReport, WorkerFacts
 
-# A board may need seconds for a token and a minute for a chunk of a prompt; ten of them mean that
-# the step never ends.
-STEP_DEADLINE_S: Final = 600.0
-WATCH_EVERY_S: Final = 5.0
+WATCH_EVERY_S: Final = 5.0  # whether a step is late, of deadlines that are longer
+
+OnChain = Callable[[WorkerLost | None], None]  # why there is none now; None: there is one again
 
 
 class ChainKeeper:
@@ -36,7 +35,8 @@ class ChainKeeper:
     Args:
         chain: leased and routed.
         num_blocks: KV blocks that all of it have leased; the same is asked of newcomers.
-        on_notice: told of losses and recoveries.
+        on_notice: told of losses and recoveries, in words for people.
+        on_chain: told of each loss as it is noticed, and when there is a chain again.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class ChainKeeper:
         settings: RecoverySettings,
         trace: Trace | None,
         on_notice: Callable[[str], None],
+        on_chain: OnChain,
     ) -> None:
         self.chain = chain
         self.settled = asyncio.Event()  # there is a chain, or nobody waits for one
@@ -59,13 +60,15 @@ class ChainKeeper:
         self.loss: WorkerLost | None = None  # what is being mended
         self._loaded, self._dispatcher, self._adapters = loaded, dispatcher, adapters
         self._lease, self._num_blocks = lease, num_blocks
-        self._settings, self._trace, self._on_notice = settings, trace, on_notice
+        self._settings, self._trace = settings, trace
+        self._on_notice, self._on_chain = on_notice, on_chain
         self._is_stopped = False
         self._mending: asyncio.Task[None] | None = None  # while there is no chain
         self._crew = Crew(
             [*chain.links, *chain.others],
             chain.absent,
             keys=keys,
+            compute_deadline_s=settings.compute_deadline_s,
             on_lost=self._worker_lost,
             on_link_lost=self._next_lost,
         )
@@ -154,6 +157,7 @@ class ChainKeeper:
             self.settled.clear()
             self.loss = lost
             self._on_notice(f"{lost}; {self._dispatcher.num_active} requests wait")
+        self._on_chain(lost)
         self._mending = asyncio.ensure_future(self._mend(lost))
 
     async def _mend(self, lost: WorkerLost) -> None:
@@ -183,6 +187,7 @@ class ChainKeeper:
         num_blocks = min(link.blocks or 0 for link in chain.links)
         self._dispatcher.resume(num_blocks=num_blocks, num_stages=len(chain.links))
         self.settled.set()
+        self._on_chain(None)
 
     def _take(self, chain: OpenChain) -> None:
         self.chain = chain
@@ -191,19 +196,21 @@ class ChainKeeper:
         for link in self._crew.links:
             if link not in chain.links:
                 link.release(self._lease)
+                self._adapters.lease_ended(link)
 
     async def _watch_steps(self) -> None:
         """Give a worker up whose torch has been at one step for too long: it hangs."""
+        deadline_s = self._settings.compute_deadline_s
         while True:
-            await asyncio.sleep(WATCH_EVERY_S)
+            await asyncio.sleep(min(WATCH_EVERY_S, deadline_s / 4))
             oldest_s = self._dispatcher.oldest_step_s
-            if oldest_s is None or time.monotonic() < oldest_s + STEP_DEADLINE_S:
+            if oldest_s is None or time.monotonic() < oldest_s + deadline_s:
                 continue
             links = self.chain.links
             found = await asyncio.gather(*(it.status() for it in links), return_exceptions=True)
             for link, status in zip(links, found, strict=True):
-                if isinstance(status, Status) and status.working_s > STEP_DEADLINE_S:
-                    link.give_up(f"it has been computing one step for {status.working_s:.0f} s")
+                if isinstance(status, Status) and status.working_s > deadline_s:
+                    link.give_up(at_one_step(status))
 
     # --- what the links say ------------------------------------------------------------------
 

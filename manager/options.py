@@ -6,6 +6,7 @@ command's arguments and hands over one checked value instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -41,6 +42,8 @@ class ConnectionConfig:
     trace: Path | None = None
     event_log: Path | None = None
     recovery_timeout: float = 30.0  # seconds that requests wait when a worker is lost
+    # Seconds until the others load its layers, `inf` for never; None: 5, and never with `spawn`.
+    takeover_after: float | None = None
     server: str | None = None  # of llama-server, as `parse_server` gives it
     api_key_file: Path | None = None
 
@@ -59,6 +62,23 @@ class WorkersType(TextType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """One text with commas; the addresses are read where they are used."""
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+class SecondsOrNever(TextType):
+    """Seconds, or the word never, which is infinity."""
+
+    name = "seconds"
+
+    def convert(  # type: ignore[override]
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """What was typed or set; how much makes sense is judged where it is used."""
+        if str(value).strip().lower() == "never":
+            return math.inf
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number of seconds nor the word never.", param, ctx)
 
 
 WORKERS: Final = click.option(
@@ -112,6 +132,13 @@ RECOVERY_TIMEOUT: Final = click.option(
     help="When a worker is lost, wait so many seconds for a spare or for it to come back. "
     "0: fail at once.",
 )
+TAKEOVER_AFTER: Final = click.option(
+    "--takeover-after",
+    type=SecondsOrNever(),
+    metavar="S",
+    help="When a worker is lost, the others load its layers after so many seconds, or never. "
+    "Default: 5; never with --spawn, which starts it again.",
+)
 EVENT_LOG: Final = click.option(
     "--event-log",
     type=click.Path(path_type=Path),
@@ -155,13 +182,13 @@ API_KEY_FILE: Final = click.option(
 OF_BACKEND: Final = {
     PIPELINE: (
         *("workers", "spawn", "quantize", "secret_file", *TLS_NAMES, "trace"),
-        *("recovery_timeout", "event_log"),
+        *("recovery_timeout", "takeover_after", "event_log"),
     ),
     LLAMA_SERVER: ("server", "api_key_file"),
 }
 OPTIONS: Final = (
     *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, *TLS, TRACE, RECOVERY_TIMEOUT),
-    EVENT_LOG,
+    *(TAKEOVER_AFTER, EVENT_LOG),
     *(SERVER, API_KEY_FILE),
 )
 

@@ -28,7 +28,7 @@ from manager.encoding import Encoder, Message, Prompt
 from manager.event_log import EventLog
 from manager.event_loop import in_background
 from manager.generation import GREEDY, Completion, GenerationOptions, Piece
-from manager.keeper import ChainKeeper
+from manager.keeper import ChainKeeper, OnChain
 from manager.links import WorkerLink
 from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
 from manager.recovery import RecoverySettings
@@ -68,6 +68,7 @@ class Pipeline:
         trace: Trace | None,
         event_log: EventLog | None,
         on_notice: OnProgress,
+        on_chain: OnChain,
     ) -> None:
         self._trace, self._event_log, self._on_notice = trace, event_log, on_notice
         self._adapters = AdapterBook(chain.links, lease)
@@ -107,6 +108,7 @@ class Pipeline:
             settings=recovery,
             trace=trace,
             on_notice=on_notice,
+            on_chain=on_chain,
         )
 
     @classmethod
@@ -124,6 +126,7 @@ class Pipeline:
         event_log: EventLog | None = None,
         on_progress: OnProgress = lambda _: None,
         on_notice: OnProgress = lambda _: None,
+        on_chain: OnChain = lambda _: None,
     ) -> Pipeline:
         """Connect to the workers and reserve room on them.
 
@@ -139,7 +142,8 @@ class Pipeline:
             trace: told when each step was where.
             event_log: takes the scheduler's events, for `manager replay`; closed with the pipeline.
             on_progress: told in a few words what is being done until it is open.
-            on_notice: told of losses and recoveries.
+            on_notice: told of losses and recoveries, in words for people.
+            on_chain: told of each loss as it is noticed, and None when requests go on.
         Raises:
             WorkerUnreachable, WorkerRefused, SplitError, ModelError, UsageError: in one sentence.
         """
@@ -179,6 +183,7 @@ class Pipeline:
             trace=trace,
             event_log=event_log,
             on_notice=on_notice,
+            on_chain=on_chain,
         )
 
     # --- what there is -----------------------------------------------------------------------

@@ -25,6 +25,10 @@ from proto.messages import WorkerFacts
 AVOID_S: Final = 0.25
 # How often the deadlines are looked at while nothing else happens.
 TICK_S: Final = 0.1
+# The lost worker, or a supervisor that starts it again, gets so long before others load its layers.
+TAKEOVER_AFTER_S: Final = 5.0
+# A board may need minutes for a chunk of a prompt; ten of them mean that the step never ends.
+COMPUTE_DEADLINE_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +38,25 @@ class RecoverySettings:
     # Requests fail when there is no chain by then; 0: at once. A worker that loads and gets on
     # with it is waited for.
     timeout_s: float = 30.0
-    # The lost worker, or a supervisor that starts it again, gets so long before others load its
-    # layers; None: they never do.
-    resplit_after_s: float | None = 5.0
+    # Until then nobody else loads the layers of a lost worker; None: never.
+    resplit_after_s: float | None = TAKEOVER_AFTER_S
+    # A worker that is at one step for longer is lost, though it answers.
+    compute_deadline_s: float = COMPUTE_DEADLINE_S
 
     def __post_init__(self) -> None:
         if not 0 <= self.timeout_s <= 1e6:
             raise UsageError(
                 f"--recovery-timeout {self.timeout_s:g}: give seconds, from 0 (requests fail as "
                 "soon as a worker is lost) to a million."
+            )
+        if self.resplit_after_s is not None and not 0 <= self.resplit_after_s <= 1e6:
+            raise UsageError(
+                f"--takeover-after {self.resplit_after_s:g}: give seconds, from 0 (the others load "
+                "the layers of a lost worker at once) to a million, or never."
+            )
+        if not 0 < self.compute_deadline_s <= 1e6:
+            raise UsageError(
+                f"a compute deadline of {self.compute_deadline_s:g}: give seconds, up to a million."
             )
 
 

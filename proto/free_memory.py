@@ -1,10 +1,12 @@
 """How much memory a process of this machine may still take.
 
-Knows the machine and the control group around the process (Slurm, containers); no GPU, no model.
+Knows the machine, the control group around the process (Slurm, containers) and the process's own
+limit (`ulimit -v`); no GPU, no model.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +16,25 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def free_cpu_bytes() -> int:
-    """What can still be allocated: the machine's free memory, or the control group's if less."""
+    """What can still be allocated: the least of what machine, control group and `ulimit` leave."""
     free = int(psutil.virtual_memory().available)
     for folder in _cgroup_folders():
         limit, used = _read_int(folder / "memory.max"), _read_int(folder / "memory.current")
         if limit is not None and used is not None:
             free = min(free, max(limit - used + _page_cache_bytes(folder), 0))
-    return free
+    return min(free, _unlimited_bytes(free))
+
+
+def _unlimited_bytes(otherwise: int) -> int:
+    """What `ulimit -v` leaves of the address space."""
+    if sys.platform == "win32":
+        return otherwise
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return otherwise
+    return max(limit - int(psutil.Process().memory_info().vms), 0)
 
 
 def _cgroup_folders() -> list[Path]:

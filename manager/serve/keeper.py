@@ -146,22 +146,22 @@ class Keeper:
         return None if pipeline is None else pipeline.lost or pipeline.mending
 
     async def _until_lost(self, pipeline: Pipeline) -> None:
-        mending = None
-        while pipeline.lost is None:
+        while True:
+            lost = pipeline.lost
+            if lost is not None:
+                break
             await asyncio.sleep(LOOK_EVERY_S)  # requests find out for themselves, and at once
-            if pipeline.mending is not None and pipeline.mending is not mending:
-                self._note(pipeline.mending)
-            elif pipeline.mending is None and mending is not None and pipeline.lost is None:
-                self._log("going on", workers=pipeline.holder)
-            mending = pipeline.mending
-        if mending is None:
-            self._note(pipeline.lost)
-        self._set(State.LOST, str(pipeline.lost))
+        self._log("given up", reason=lost)
+        self._set(State.LOST, str(lost))
 
-    def _note(self, loss: Error) -> None:
-        self.losses += 1
-        self.last_loss = loss
-        self._log("lost", reason=loss)
+    def _chain_changed(self, loss: Error | None) -> None:
+        """A worker was lost, or requests go on: told at once, however short it is."""
+        if loss is not None:
+            self.losses += 1
+            self.last_loss = loss
+            self._log("lost", reason=loss)
+        elif self._pipeline is not None:
+            self._log("going on", workers=self._pipeline.holder)
 
     async def _open(self, stack: AsyncExitStack) -> Pipeline:
         """A pipeline through which a token went; it closes with the stack."""
@@ -177,6 +177,7 @@ class Keeper:
                 max_tokens_hint=None,
                 adapters=tuple(wanted.values()),
                 trace=self._trace,
+                on_chain=self._chain_changed,
             )
         )
         try:

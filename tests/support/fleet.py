@@ -19,9 +19,9 @@ SECTIONS = 3
 class Fleet:
     """Workers by name: "0" to "2" hold the sections, "0s" to "2s" hold them as well."""
 
-    def __init__(self, nursery: Nursery, folder: Path, kv_memory: str = "16MB") -> None:
+    def __init__(self, nursery: Nursery, folder: Path, kv_memory: str = "16MB", *more: str) -> None:
         self._nursery = nursery
-        self._words = sections_of(folder, SECTIONS, "--kv-memory", kv_memory)
+        self._words = sections_of(folder, SECTIONS, "--kv-memory", kv_memory, *more)
         self._workers: dict[str, ForkedWorker] = {}
         self._gone: set[str] = set()
 
