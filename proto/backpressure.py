@@ -48,7 +48,8 @@ class Inbox:
         assert self._waiter is None, "somebody waits already"
         self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait_for(self._waiter, timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` can lose a cancellation
+                await self._waiter
         finally:
             self._waiter = None
 

@@ -93,7 +93,8 @@ async def _open_socket(target: Address, link: Link, tls: Tls | None, timeout_s: 
     loop = asyncio.get_running_loop()
     opening = loop.create_connection(lambda: protocol, target.host, target.port)
     try:
-        transport, _ = await asyncio.wait_for(opening, timeout_s)
+        async with asyncio.timeout(timeout_s):  # `wait_for` can lose a cancellation
+            transport, _ = await opening
     except (asyncio.TimeoutError, OSError) as exc:
         link.abort("the connection came too late")
         raise WorkerUnreachable(str(target), _why_not(exc, timeout_s)) from exc

@@ -232,7 +232,8 @@ class Link(asyncio.BufferedProtocol):
         self.send(Ping(number=number))
         self._pings[number] = answered
         try:
-            return await asyncio.wait_for(answered, timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` can lose a cancellation
+                return await answered
         except asyncio.TimeoutError:
             raise self._lost(f"no answer to a ping within {timeout_s:g} s") from None
         finally:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 
 from manager.generation import Completion, GenerationOptions, Piece
 from manager.pipeline import Pipeline
 from tests.support.chains import sections_of
-from tests.support.forked_workers import ForkedWorker, Nursery
+from tests.support.forked_workers import ForkedWorker, Gate, Nursery
 
 SECTIONS = 3
 
@@ -19,8 +20,16 @@ SECTIONS = 3
 class Fleet:
     """Workers by name: "0" to "2" hold the sections, "0s" to "2s" hold them as well."""
 
-    def __init__(self, nursery: Nursery, folder: Path, kv_memory: str = "16MB", *more: str) -> None:
+    def __init__(
+        self,
+        nursery: Nursery,
+        folder: Path,
+        kv_memory: str = "16MB",
+        *more: str,
+        gates: Mapping[str, Gate] = MappingProxyType({}),
+    ) -> None:
         self._nursery = nursery
+        self._gates = {name: gate.path for name, gate in gates.items()}
         self._words = sections_of(folder, SECTIONS, "--kv-memory", kv_memory, *more)
         self._workers: dict[str, ForkedWorker] = {}
         self._gone: set[str] = set()
@@ -35,7 +44,8 @@ class Fleet:
             known = self._workers.get(name)
             if known is None:
                 words = self._words[int(name[0])]
-                self._workers[name] = self._nursery.start(*words, wait=False)
+                gate = self._gates.get(name)
+                self._workers[name] = self._nursery.start(*words, wait=False, gate=gate)
             elif name in self._gone:
                 self._workers[name] = known.start_again(wait=False)
         for name in names:
@@ -47,6 +57,11 @@ class Fleet:
         """SIGKILL."""
         self._workers[name].kill()
         self._gone.add(name)
+
+    def left(self, name: str) -> int:
+        """Wait until it has ended by itself; its exit code."""
+        self._gone.add(name)
+        return self._workers[name].wait()
 
     def revive(self, name: str) -> None:
         """Start it again at its address, without waiting for it."""

@@ -9,6 +9,7 @@ started again as any other.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tests.support.processes import READY, ROOT, clean_environment
 
@@ -52,15 +54,20 @@ class Nursery:
         self._process.stdout.close()
         self._folder.cleanup()
 
-    def start(self, *words: str, wait: bool = True) -> ForkedWorker:
-        """Start `worker WORDS`, on a free port of 127.0.0.1 unless WORDS say otherwise."""
+    def start(self, *words: str, wait: bool = True, gate: Path | None = None) -> ForkedWorker:
+        """Start `worker WORDS`, on a free port of 127.0.0.1 unless WORDS say otherwise.
+
+        Args:
+            gate: before each step, torch's thread waits until nobody holds this file's lock.
+        """
         if "--listen" not in words:
             words = (*words, "--listen", "127.0.0.1:0")
         output = Path(self._folder.name) / f"worker-{len(self._workers)}"
         output.with_suffix(".out").touch()
         output.with_suffix(".err").touch()
-        pid = int(self.ask({"start": words, "output": str(output)}))
-        worker = ForkedWorker(self, pid, words, output)
+        behind = None if gate is None else str(gate)
+        pid = int(self.ask({"start": words, "output": str(output), "gate": behind}))
+        worker = ForkedWorker(self, pid, words, output, gate)
         self._workers.append(worker)
         if wait:
             worker.wait_until_ready()
@@ -74,13 +81,40 @@ class Nursery:
         return self._process.stdout.readline().strip()
 
 
+class Gate:
+    """A file whose lock holds up the workers behind it: a step lasts until the gate is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("w")
+
+    def close(self) -> None:
+        """Let no further step begin; returns once that is so."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def open(self) -> None:
+        """Let all go on."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def remove(self) -> None:
+        """For good."""
+        self._file.close()
+
+
 class ForkedWorker:
     """One of its workers."""
 
-    def __init__(self, nursery: Nursery, pid: int, words: tuple[str, ...], output: Path) -> None:
+    def __init__(
+        self,
+        nursery: Nursery,
+        pid: int,
+        words: tuple[str, ...],
+        output: Path,
+        gate: Path | None = None,
+    ) -> None:
         self.pid, self.words = pid, words
         self.address = ""
-        self._nursery, self._output = nursery, output
+        self._nursery, self._output, self._gate = nursery, output, gate
 
     @property
     def stderr(self) -> str:
@@ -106,11 +140,15 @@ class ForkedWorker:
         """SIGKILL, as a power cut would end it; returns once it is gone. Twice does no harm."""
         self._nursery.ask({"kill": self.pid})
 
+    def wait(self) -> int:
+        """Until it ends by itself, or for a signal; the exit code."""
+        return int(self._nursery.ask({"wait": self.pid}))
+
     def start_again(self, *, wait: bool = True) -> ForkedWorker:
         """Another worker of the same command line at the same address, as a supervisor does it."""
         at = self.words.index("--listen") + 1
         words = (*self.words[:at], self.address, *self.words[at + 1 :])
-        worker = self._nursery.start(*words, wait=False)
+        worker = self._nursery.start(*words, wait=False, gate=self._gate)
         worker.address = self.address
         if wait:
             worker.wait_until_ready()
@@ -134,9 +172,13 @@ def _main() -> None:
         if "start" in question:
             pid = os.fork()
             if pid == 0:
-                _become_worker(question["start"], Path(question["output"]))
+                _become_worker(question["start"], Path(question["output"]), question["gate"])
             alive.add(pid)
             print(pid, flush=True)
+        elif "wait" in question:
+            alive.discard(question["wait"])
+            _, status = os.waitpid(question["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
         else:
             _end(question["kill"], alive)
             print("gone", flush=True)
@@ -152,8 +194,11 @@ def _end(pid: int, alive: set[int]) -> None:
         os.waitpid(pid, 0)
 
 
-def _become_worker(words: list[str], output: Path) -> None:
+def _become_worker(words: list[str], output: Path, gate: str | None) -> None:
     from worker.cli import main
+
+    if gate is not None:
+        _put_behind(gate)
 
     for number, path in ((1, output.with_suffix(".out")), (2, output.with_suffix(".err"))):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
@@ -165,6 +210,27 @@ def _become_worker(words: list[str], output: Path) -> None:
         sys.stdout.flush()
         os._exit(int(left.code or 0))
     os._exit(1)
+
+
+def _put_behind(gate: str) -> None:
+    """Have every stage of this process wait for the file's lock before it computes a step."""
+    from worker import server
+
+    load = server.load_from_checkpoint
+
+    def load_behind_gate(*args: Any) -> Any:
+        stage: Any = load(*args)
+        forward = stage.forward
+
+        def wait_and_forward(*inputs: Any) -> Any:
+            with open(gate) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+            return forward(*inputs)
+
+        stage.forward = wait_and_forward
+        return stage
+
+    server.load_from_checkpoint = load_behind_gate
 
 
 if __name__ == "__main__":
