@@ -52,5 +52,8 @@ def test_a_spare_takes_over_in_the_middle_of_a_text_under_a_schema(tiny: Any) ->
                 if len("".join(pieces)) > 8:
                     workers[1].kill()
             assert "".join(pieces) == undisturbed.message.content
+            # However short it was: a spare needs some hundredths of a second.
+            assert server.metric("comboio_pipeline_losses_total") == 1
+            assert server.said("going on workers=")
             figures = server.get("/metrics").body.decode()
             assert workers[2].address in figures and workers[1].address not in figures

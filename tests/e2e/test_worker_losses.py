@@ -199,6 +199,26 @@ async def test_all_but_one_are_lost_one_after_the_other(fleet, undisturbed):
     fleet.kill("1")
 
 
+async def test_a_worker_is_lost_while_it_loads_the_layers_of_another(fleet, undisturbed):
+    addresses = fleet.made_whole()
+    said: list[str] = []
+
+    def hear(text: str) -> None:
+        said.append(text)
+        if "loads layers" in text and len(said) == 2:
+            name = "0" if f"worker {addresses[0]} loads" in text else "1"
+            fleet.kill(name)
+            fleet.revive(name)
+
+    async with await open_over(addresses, recovery=RESPLIT, on_notice=hear) as pipeline:
+        strike = at("in the middle", partial(fleet.kill, "2"))
+        check(await ask_all(pipeline, REQUESTS, **strike), undisturbed)
+        assert len(pipeline.addresses) == 2
+    assert any("loads layers" in text for text in said[2:]), said
+    for name in ("0", "1"):
+        fleet.kill(name)
+
+
 async def test_a_frozen_worker_is_replaced_and_welcome_again_when_it_thaws(fleet, undisturbed):
     addresses = fleet.made_whole(spares=[1])
     frozen = fleet["1"]

@@ -5,12 +5,18 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import psutil
 import pytest
 
+from manager.connection import open_pipeline
+from manager.generation import GenerationOptions
+from manager.options import ConnectionConfig
+from manager.output import Notices
 from manager.spawn import SpawnConfig, SpawnedWorkers, environment
 from proto.errors import Error, UsageError
+from tests.support.chains import save_tiny_with_tokenizer
 from tests.support.processes import ROOT, clean_environment
 
 
@@ -27,18 +33,48 @@ def test_settings_for_workers_that_people_start_are_kept_from_spawned_ones():
     assert made["HOME"] == "/h"
 
 
-async def test_they_are_gone_when_the_block_ends_in_an_error():
-    workers = SpawnedWorkers(SpawnConfig(count=2, threads=1))
+async def test_one_that_is_killed_comes_back_and_all_are_gone_when_the_block_ends_in_an_error(
+    tmp_path, capsys
+):
+    tiny = save_tiny_with_tokenizer(tmp_path)
+    config = ConnectionConfig(spawn=2, model=str(tiny.folder), recovery_timeout=120)
+    prompt, options = [5, 9, 40, 7], GenerationOptions(max_new_tokens=30, ignore_eos=True)
+    spawned: list[psutil.Process] = []
 
     async def fail_inside() -> None:
-        async with workers:
-            assert len(workers.addresses) == 2
-            assert all(psutil.pid_exists(pid) for pid in workers.pids)
+        before = set(psutil.Process().children())
+        async with open_pipeline(
+            config, Notices(), max_sequences=1, max_tokens_hint=64
+        ) as pipeline:
+            spawned.extend(set(psutil.Process().children()) - before)
+            assert len(spawned) == 2
+            addresses = pipeline.addresses
+            undisturbed = await pipeline.generate(prompt, options)
+            pieces = []
+            async for piece in pipeline.stream(prompt, options):
+                pieces.append(piece)
+                if len(pieces) == 10:
+                    next(it for it in spawned if "1" in words_after(it, "--index")).kill()
+            assert "".join(it.text for it in pieces) == undisturbed.text
+            tokens = tuple(token for it in pieces for token in it.token_ids)
+            assert tokens == undisturbed.token_ids
+            assert pipeline.addresses == addresses
+            spawned.extend(set(psutil.Process().children()) - before - set(spawned))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await fail_inside()
-    assert not any(psutil.pid_exists(pid) for pid in workers.pids)
+    assert len(spawned) == 3
+    assert not any(it.is_running() for it in spawned)
+    said = capsys.readouterr().err
+    assert "spawned worker 1 was ended by signal 9" in said and "; it is started again" in said
+    assert "going on after" in said
+
+
+def words_after(process: psutil.Process, option: str) -> list[str]:
+    """The word after an option of its command line."""
+    words = process.cmdline()
+    return [after for before, after in pairwise(words) if before == option]
 
 
 async def test_a_worker_that_cannot_start_says_why_and_leaves_no_other(tmp_path):

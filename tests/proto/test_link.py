@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
@@ -13,9 +14,10 @@ from proto.errors import (
     StepFailed,
     UsageError,
     WorkerLost,
+    WorkerUnreachable,
 )
 from proto.framing import MIB, PAYLOAD_ALIGNMENT
-from proto.link import LinkSettings
+from proto.link import LinkSettings, connect
 from proto.messages import Leased, Refused, Role, Status, StatusRequest, Step, StepDone
 from tests.proto.wire_examples import EXAMPLES, LEASE, STEP, STEP_PAYLOAD, WELCOME
 
@@ -364,3 +366,21 @@ def test_settings_of_a_link_are_above_zero(field):
 
 def test_steps_and_their_answers_are_the_only_messages_with_a_payload():
     assert [kind for kind in EXAMPLES if kind.HAS_PAYLOAD] == [Step, StepDone]
+
+
+async def test_a_call_is_given_up_even_in_the_moment_in_which_it_fails() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        given_up = 0
+        for num_turns in range(20):
+            call = asyncio.create_task(connect(address, role=Role.OBSERVER, agent="test"))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            if call.cancel():
+                given_up += 1
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+            else:
+                assert isinstance(call.exception(), WorkerUnreachable)
+        assert 0 < given_up < 20

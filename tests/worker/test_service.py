@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +32,7 @@ from proto.messages import (
     StatusRequest,
     StepReport,
 )
-from tests.support.processes import WorkerProcess
+from tests.support.processes import ROOT, WorkerProcess, clean_environment
 from tests.support.wire import DEADLINE_S, Chain, Part, closed, open_link, take_lease, told
 
 Make = Callable[..., Part]
@@ -168,6 +171,46 @@ async def test_a_manager_that_vanishes_frees_its_blocks(first: WorkerProcess) ->
     link.abort("gone")
     status = await status_of(first)
     while status.leases:  # until the worker's kernel has told it
+        status = await status_of(first)
+    assert status.free_blocks == status.total_blocks
+
+
+MANAGER = """
+import asyncio, os, sys
+from proto.link import connect
+from proto.messages import Lease, Role
+async def main():
+    link = await connect(sys.argv[1], role=Role.MANAGER, agent="test")
+    link.send(Lease(lease=os.urandom(16), min_blocks=5, want_blocks=5, trace=False))
+    print((await link.receive(60)).message.blocks, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def manager(first: WorkerProcess) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that leases five blocks."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MANAGER, first.address],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=clean_environment(),
+    ) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) == 5
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "falls silent"])
+async def test_a_manager_that_dies_or_falls_silent_frees_its_blocks(
+    first: WorkerProcess, manager: subprocess.Popen[bytes], number: signal.Signals
+) -> None:
+    assert (await status_of(first)).leases == 1
+    manager.send_signal(number)
+    status = await status_of(first)
+    while status.leases:
         status = await status_of(first)
     assert status.free_blocks == status.total_blocks
 
