@@ -1,36 +1,46 @@
 """Mixed requests for some minutes while workers are killed: does one fail, does memory grow?
 
-    python bench/soak.py [--minutes 10] [--streams 6] [--every 3] [--json]
+    python bench/soak.py [--minutes 10] [--streams 6] [--every 3] [--max-slope 60] [--json]
 
 Three sections of a tiny random model on this machine and a spare of each, every worker a process of
 its own. `--streams` lanes take requests of many kinds, one after the other: greedy and sampled,
 short and long prompts, penalties, readers that go away in the middle. About every `--every` seconds
-a worker gets SIGKILL, or now and then SIGSTOP for a moment, and is started again at once. The first
-section's worker is left alone, so that its memory is seen over the whole time.
+a worker of the last two sections gets SIGKILL and is started again at once, or now and then one of
+the first section SIGSTOP for a moment: its two workers live as long as the manager, so that the
+memory of these three is seen over the whole time.
 
 Every text is compared with what it was before the first kill; one that differs, or ends with an
-error, counts as failed, and then the exit code is 1. Memory is RSS, sampled twice a second; its
-slope is that of the line of least squares through the samples of the last two thirds, in MB a
-minute.
+error, counts as failed. Memory is RSS, sampled twice a second. Its slope is that of the line of
+least squares through the second half of the run, in MB an hour, with the half width of its 95 %
+confidence interval; neighbours in time are put together into 20 means first, as samples that follow
+each other say nearly the same.
+
+The exit code is 1 when a request failed, or when some slope is above `--max-slope` by more than
+chance explains (its interval's lower end is). Runs of less than four minutes are too short to judge
+memory by: caches still fill.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, Final
 
 import click
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -46,6 +56,10 @@ PATIENCE: Final = RecoverySettings(timeout_s=120, resplit_after_s=None)
 SAMPLE_EVERY_S: Final = 0.5
 FREEZE_S: Final = 1.5
 MB: Final = 1e6
+JUDGED_MINUTES: Final = 4.0
+MEANS: Final = 20
+TWO_SIDED_95: Final = 2.1  # of Student's t with 18 degrees of freedom
+LONG_LIVED: Final = ("0", "0s")  # the first section's workers: never killed
 
 
 @dataclass
@@ -59,50 +73,92 @@ class Figures:
     kills: int = 0
     freezes: int = 0
     errors: list[str] = field(default_factory=list)  # the first few
-    manager_mb: list[tuple[float, float]] = field(default_factory=list)  # (minutes, RSS)
-    worker_mb: list[tuple[float, float]] = field(default_factory=list)
+    minutes: float = 0.0
+    memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # (hours, RSS in MB)
 
-    def as_json(self) -> dict[str, Any]:
-        """Counts and slopes."""
-        counts = ("requests", "tokens", "cancelled", "failed", "kills", "freezes", "errors")
-        return {name: getattr(self, name) for name in counts} | {
-            f"{who}_mb": {
-                "last": samples[-1][1],
-                "slope_per_minute": slope(samples[len(samples) // 3 :]),
-            }
-            for who, samples in (("manager", self.manager_mb), ("worker", self.worker_mb))
-        }
+    def as_json(self, max_slope: float) -> dict[str, Any]:
+        """Counts, slopes, and what is wrong with them."""
+        counts = ("minutes", "requests", "tokens", "cancelled", "failed", "kills", "freezes")
+        memory = {who: growth(samples) for who, samples in self.memory.items()}
+        wrong = [f"{self.failed} requests failed: {'; '.join(self.errors)}"] if self.failed else []
+        if self.minutes >= JUDGED_MINUTES:
+            wrong += [
+                f"the memory of {who} grows by {it['mb_per_hour']:.0f} +- {it['half_width']:.0f} "
+                f"MB an hour, at most {max_slope:g} is allowed"
+                for who, it in memory.items()
+                if it["mb_per_hour"] - it["half_width"] > max_slope
+            ]
+        return {name: getattr(self, name) for name in counts} | {"memory": memory, "wrong": wrong}
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the line of least squares."""
-    if len(points) < 2:
-        return 0.0
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
+def growth(samples: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Of one process over the second half of its samples."""
+    half = samples[len(samples) // 2 :]
+    size = max(1, len(half) // MEANS)
+    groups = [half[at : at + size] for at in range(0, len(half) - size + 1, size)]
+    points = [(mean([x for x, _ in it]), mean([y for _, y in it])) for it in groups]
+    mb_per_hour, half_width = slope(points)
+    return {
+        "first_mb": half[0][1],
+        "last_mb": half[-1][1],
+        "mb_per_hour": mb_per_hour,
+        "half_width": half_width,
+    }
+
+
+def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the line of least squares, and half the width of its 95 % confidence interval."""
+    if len(points) < 3:
+        return 0.0, 0.0
+    mean_x, mean_y = mean([x for x, _ in points]), mean([y for _, y in points])
     spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    found = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    rest = sum((y - mean_y - found * (x - mean_x)) ** 2 for x, y in points)
+    return found, TWO_SIDED_95 * math.sqrt(rest / (len(points) - 2) / spread)
 
 
 @click.command()
 @click.option("--minutes", default=10.0, show_default=True)
 @click.option("--streams", default=6, show_default=True)
 @click.option("--every", default=3.0, show_default=True, help="Seconds between kills, on average.")
+@click.option(
+    "--max-slope", default=60.0, show_default=True, help="MB an hour that memory may grow."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
-def main(minutes: float, streams: int, every: float, seed: int, as_json: bool) -> None:
+def main(
+    minutes: float, streams: int, every: float, max_slope: float, seed: int, as_json: bool
+) -> None:
     """Run for so long, and say how it went."""
     with tempfile.TemporaryDirectory() as folder, Nursery() as nursery:
         tiny = save_tiny_with_tokenizer(Path(folder), max_position_embeddings=4096)
         fleet = Fleet(nursery, tiny.folder, "64MB")
-        found = asyncio.run(soak(fleet, 60 * minutes, streams, every, seed)).as_json()
+        found = asyncio.run(soak(fleet, 60 * minutes, streams, every, seed)).as_json(max_slope)
     found["load"] = os.getloadavg()[0]
     if as_json:
         click.echo(json.dumps(found))
     else:
-        for name, value in found.items():
-            click.echo(f"{name}: {value}")
-    sys.exit(1 if found["failed"] else 0)
+        show(found)
+    sys.exit(1 if found["wrong"] else 0)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Lines and a table for people."""
+    console = Console()
+    console.print(
+        f"{found['minutes']:.1f} minutes: {found['requests']} requests ({found['tokens']} tokens), "
+        f"{found['failed']} failed, {found['cancelled']} left early; {found['kills']} kills, "
+        f"{found['freezes']} freezes; load average {found['load']:.1f} on {os.cpu_count()} cores"
+    )
+    table = Table("memory of", "at half time", "at the end", "slope of the second half")
+    for who, it in found["memory"].items():
+        slope_text = f"{it['mb_per_hour']:+.1f} +- {it['half_width']:.1f} MB an hour"
+        table.add_row(who, f"{it['first_mb']:.1f} MB", f"{it['last_mb']:.1f} MB", slope_text)
+    console.print(table)
+    if found["minutes"] < JUDGED_MINUTES:
+        console.print(f"less than {JUDGED_MINUTES:g} minutes: the slopes say nothing yet")
+    for sentence in found["wrong"]:
+        console.print(f"wrong: {sentence}")
 
 
 def pool() -> list[Asked]:
@@ -137,7 +193,8 @@ async def soak(fleet: Fleet, duration_s: float, streams: int, every_s: float, se
             lane(pipeline, random.Random(rng.random()), requests, expected, end_s, figures)
             for _ in range(streams)
         ]
-        watching = asyncio.ensure_future(watch(fleet["0"].pid, figures))
+        pids = {"manager": os.getpid()} | {f"worker {it}": fleet[it].pid for it in LONG_LIVED}
+        watching = asyncio.ensure_future(watch(pids, figures))
         killing = asyncio.ensure_future(strike(fleet, rng, every_s, end_s, figures))
         try:
             await asyncio.gather(*lanes)
@@ -146,6 +203,7 @@ async def soak(fleet: Fleet, duration_s: float, streams: int, every_s: float, se
             for task in (watching, killing):
                 task.cancel()
             await asyncio.gather(watching, killing, return_exceptions=True)
+    figures.minutes = duration_s / 60
     return figures
 
 
@@ -183,29 +241,31 @@ async def leave_early(pipeline: Pipeline, asked: Asked, figures: Figures) -> Non
 async def strike(
     fleet: Fleet, rng: random.Random, every_s: float, end_s: float, figures: Figures
 ) -> None:
-    """Kill or freeze somebody, but not the first section's worker, until the time is over."""
-    names = [*(str(index) for index in range(1, SECTIONS)), *(f"{it}s" for it in range(SECTIONS))]
+    """Freeze a worker of the first section, or kill one of the others, until the time is over."""
+    killed = [f"{index}{kind}" for index in range(1, SECTIONS) for kind in ("", "s")]
     while (pause_s := rng.uniform(0.5, 1.5) * every_s) and time.monotonic() + pause_s < end_s:
         await asyncio.sleep(pause_s)
-        name = rng.choice(names)
         if rng.random() < 0.2:
+            name = rng.choice(LONG_LIVED)
             figures.freezes += 1
             fleet[name].signal(signal.SIGSTOP)
             await asyncio.sleep(FREEZE_S)
             fleet[name].signal(signal.SIGCONT)
         else:
+            name = rng.choice(killed)
             figures.kills += 1
             fleet.kill(name)
             fleet.revive(name)
 
 
-async def watch(worker: int, figures: Figures) -> None:
-    """Memory of this process and of one worker."""
+async def watch(pids: Mapping[str, int], figures: Figures) -> None:
+    """Memory of this process and of the workers that live as long."""
     began_s = time.monotonic()
     while True:
-        minutes = (time.monotonic() - began_s) / 60
-        for pid, samples in ((os.getpid(), figures.manager_mb), (worker, figures.worker_mb)):
-            samples.append((minutes, psutil.Process(pid).memory_info().rss / MB))
+        hours = (time.monotonic() - began_s) / 3600
+        for who, pid in pids.items():
+            rss_mb = psutil.Process(pid).memory_info().rss / MB
+            figures.memory.setdefault(who, []).append((hours, rss_mb))
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -133,3 +134,58 @@ def test_no_text_is_touched_by_what_another_sequence_failed_to_compute(model: To
         shell.check_stories()
         restarts += shell.restarts
     assert restarts > 50
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("block_of_seeds", range(8))
+def test_thousands_of_short_lives_of_chains_change_no_text(
+    model: ToyModel, block_of_seeds: int
+) -> None:
+    """As above, and chains that are broken for a while before anybody notices it; users leave."""
+    kinds: Counter[str] = Counter()
+    for seed in range(block_of_seeds * SHORT_LIVES, (block_of_seeds + 1) * SHORT_LIVES):
+        rng = random.Random(10**6 + seed)
+        shell = ToyShell(model, random_limits(rng), rng)
+        for number in range(rng.randint(1, 4)):
+            shell.submit(random_request(rng, number, model))
+        for _ in range(rng.randint(5, 40)):
+            kind = next(it for it, chance in KINDS_OF_EVENT if rng.random() < chance)
+            kinds[kind] += happen(shell, rng, kind)
+        shell.run_dry()
+        shell.check_stories()
+    assert all(kinds[kind] > SHORT_LIVES / 10 for kind, _ in KINDS_OF_EVENT), kinds
+
+
+SHORT_LIVES = 150  # of each block: 3600 in all
+# Each with its chance, if it is none of those before.
+KINDS_OF_EVENT = (
+    ("lost", 0.06),
+    ("broken", 0.06),
+    ("restored", 0.1),
+    ("late", 0.1),
+    ("left", 0.03),
+    ("fault", 0.03),
+    ("work", 1.0),
+)
+
+
+def happen(shell: ToyShell, rng: random.Random, kind: str) -> bool:
+    """One event; False where it cannot be now."""
+    if kind == "lost":
+        shell.lose_chain()
+    elif kind == "broken":
+        shell.break_chain()
+    elif kind == "restored":
+        shell.restore_chain(rng.randint(1, 4), rng.choice([20, 50, 200]))
+    elif kind == "late":
+        shell.deliver_late()
+    elif kind == "left":
+        if not shell.live:
+            return False
+        rng.choice([shell.cancel, shell.stop])(rng.choice(shell.live))
+    else:
+        if not shell.busy_stages:
+            return False
+        fault_in = rng.randrange(8) if kind == "fault" else None
+        shell.advance(rng.choice(shell.busy_stages), fault_in)
+    return True

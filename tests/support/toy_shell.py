@@ -88,7 +88,9 @@ class ToyShell:
         self._num_stages, self._num_blocks = limits.num_stages, limits.num_blocks
         self._chain: ToyChain | None = self._new_chain()
         self._in_flight: deque[RunStep] = deque()
+        self._returned: list[RunStep] = []  # some of those that came back from this chain
         self._late: list[RunStep] = []  # of chains that are no more
+        self._is_silent = False  # the chain broke, and nobody has noticed yet
         self._next_step = 0
 
     # --- what a user does --------------------------------------------------------------------
@@ -114,13 +116,15 @@ class ToyShell:
 
     @property
     def busy_stages(self) -> list[int]:
-        return [] if self._chain is None else self._chain.busy_stages
+        return [] if self._chain is None or self._is_silent else self._chain.busy_stages
 
     def advance(self, stage: int, fault_in: int | None = None) -> None:
         assert self._chain is not None
         returned = self._chain.advance(stage, fault_in)
         if returned is not None:
-            self._in_flight.popleft()
+            step = self._in_flight.popleft()
+            if self._rng.random() < 0.05:
+                self._returned.append(step)
             self.faults |= returned.faults.keys()
             drawn = returned.tokens.keys() & set(self.live)
             commands = self.handle(returned)
@@ -128,23 +132,32 @@ class ToyShell:
                 kept = [it.sequence for it in commands if isinstance(it, Generated | Finished)]
                 assert drawn <= set(kept)
 
+    def break_chain(self) -> None:
+        """Nothing comes back from now on; what is issued goes nowhere."""
+        self._is_silent = True
+
     def lose_chain(self) -> None:
-        self._late += self._in_flight
-        self._in_flight.clear()
+        self._leave_chain()
         self._chain = None
         self.handle(TopologyLost())
 
     def restore_chain(self, num_stages: int, num_blocks: int) -> None:
-        self._late += self._in_flight
-        self._in_flight.clear()
+        self._leave_chain()
         self._num_stages, self._num_blocks = num_stages, num_blocks
-        self._chain = self._new_chain()
+        self._chain, self._is_silent = self._new_chain(), False
         self.handle(TopologyRestored(num_blocks, num_stages))
 
+    def _leave_chain(self) -> None:
+        self._late += [*self._in_flight, *self._returned]
+        self._in_flight.clear()
+        self._returned.clear()
+
     def deliver_late(self) -> None:
-        """A step of a chain that is no more comes back after all."""
+        """A step of a chain that is no more comes back after all, in any order, or again."""
         if self._late:
-            step = self._late.pop()
+            step = self._rng.choice(self._late)
+            if self._rng.random() < 0.8:
+                self._late.remove(step)
             tokens = {run.sequence: 1 for run in step.runs}
             late = StepReturned(step.step, tokens, {}, scored=frozenset(tokens))
             assert not any(
@@ -153,7 +166,7 @@ class ToyShell:
 
     def run_dry(self) -> None:
         """Let the workers go on until nobody lives; bounded, so that a livelock shows."""
-        if self._chain is None:
+        if self._chain is None or self._is_silent:
             self.restore_chain(self._num_stages, self._num_blocks)
         for _ in range(200_000):
             if not self.live:
