@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,9 +12,12 @@ from functools import partial
 import pytest
 
 from engine.sections import Section
+from manager.connection import open_pipeline
 from manager.event_log import EventLog
 from manager.generation import GenerationOptions
 from manager.links import Refusal, open_link
+from manager.options import ConnectionConfig
+from manager.output import Notices
 from manager.pipeline import Pipeline
 from manager.recovery import RecoverySettings
 from proto.address import parse_address
@@ -309,6 +313,46 @@ async def test_workers_without_room_say_so_with_numbers(nursery, tiny):
         await link.hold_section(fingerprint, Section(3, 9), lambda _: None)
     assert (await link.status()).leases == 0
     await link.close()
+
+
+@pytest.mark.parametrize(("takeover_after", "left"), [(0.0, SECTIONS - 1), (math.inf, 0)])
+async def test_whether_others_take_layers_over_is_the_caller_s_choice(
+    fleet, undisturbed, takeover_after, left
+):
+    addresses = fleet.made_whole()
+    config = ConnectionConfig(
+        workers=",".join(addresses),
+        takeover_after=takeover_after,
+        recovery_timeout=90 if left else 0.5,
+    )
+    async with open_pipeline(
+        config, Notices(), max_sequences=len(REQUESTS), max_tokens_hint=LONG_PROMPT + NEW_TOKENS
+    ) as pipeline:
+        strike = at("at the first token", partial(fleet.kill, "2"))
+        heard = await ask_all(pipeline, REQUESTS, **strike)
+        if left:
+            check(heard, undisturbed)
+            assert len(pipeline.addresses) == left
+            fleet.kill("0")
+            fleet.kill("1")
+        else:
+            errors = [it.completion.error for it in heard if it.completion.error]
+            assert errors and all("nobody took its place within 0.5 s" in it for it in errors)
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "said"),
+    [
+        (["--takeover-after", "-1"], {}, "--takeover-after -1: give seconds, from 0"),
+        ([], {"COMBOIO_TAKEOVER_AFTER": "nan"}, "--takeover-after nan: give seconds, from 0"),
+        (["--takeover-after", "soon"], {}, "'soon' is neither a number of seconds nor the word"),
+        (["--recovery-timeout", "-1", "--spawn", "2"], {}, "--recovery-timeout -1: give seconds"),
+    ],
+)
+def test_times_that_make_no_sense_are_refused_before_anything_is_started(call, words, env, said):
+    answer = call("generate", "x", *words, env=env)
+    assert answer.returncode == 2
+    assert said in answer.stderr and len(answer.stderr.splitlines()) == 1
 
 
 def test_the_command_says_what_it_waits_for_and_goes_on(call, fleet, undisturbed, tiny):
