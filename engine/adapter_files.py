@@ -18,8 +18,9 @@ from typing import Any, Final
 from torch import Tensor
 
 from engine.adapter_config import MERGE, AdapterConfig, parse_config
-from engine.checkpoint import TensorEntry, read_header, read_tensor
+from engine.checkpoint import TensorEntry, check_link, read_header, read_tensor
 from engine.copying import unreadable
+from engine.json_file import parse_object
 from proto.errors import AdapterError, ModelError
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -102,6 +103,11 @@ class AdapterFiles:
                 f"{WEIGHTS_FILE}."
             )
         if (folder / CONFIG_FILE).is_file() and self._weights.is_file():
+            try:
+                check_link(folder / CONFIG_FILE)
+                check_link(self._weights)
+            except ModelError as exc:
+                raise AdapterError(f"{exc}.") from exc
             return
         if (folder / PICKLED_FILE).is_file() and not self._weights.is_file():
             raise AdapterError(
@@ -120,14 +126,11 @@ class AdapterFiles:
         try:
             if path.stat().st_size > _MAX_CONFIG_BYTES:
                 raise AdapterError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes.")
-            said = json.loads(path.read_text(encoding="utf-8"))
+            return parse_object(path.read_bytes())
         except OSError as exc:
             raise AdapterError(f"{path} cannot be read: {exc.strerror}.") from exc
-        except (ValueError, RecursionError) as exc:
+        except ValueError as exc:
             raise AdapterError(f"{path} is not valid JSON ({exc}): save it again.") from exc
-        if not isinstance(said, dict):
-            raise AdapterError(f"{path} holds no JSON object: save it again.")
-        return said
 
     def _header(self) -> dict[str, TensorEntry]:
         try:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import Checkpoint
+from engine.json_file import one_line, shown
 from engine.stored_quantized import quantization_of
 from proto.errors import ModelError, ModelUnfit
 
@@ -26,6 +27,19 @@ DTYPES: Final = {
 }
 # Kinds of decoder layers whose state is keys and values; any other kind keeps something else.
 _STATEFUL_KINDS: Final = re.compile(r"linear|conv|mamba|ssm|recurrent|hybrid|rwkv|delta")
+# Far beyond any model there is. What a config says decides how many modules are built, and how
+# large what is made beside the weights: it is held against these before anything is.
+_MOST: Final = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 2**20,
+    "vocab_size": 2**28,
+    "num_experts": 2**16,
+    "num_labels": 2**16,
+    "max_position_embeddings": 2**31,
+}
+_LAYERS: Final = re.compile(r"(^|_)n?(um)?_?([a-z]+_)*(layers?|blocks|depth)$")
+_LABELS: Final = re.compile(r"^num_labels$")
+_EXPERTS: Final = re.compile(r"(^|_)(num|n)_([a-z]+_)*experts$")
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Architecture:
                 original = parameters.get("original_max_position_embeddings") or getattr(
                     self.config, "original_max_position_embeddings", None
                 )
-                return int(original) if original else None
+                return self._length(original) if original else None
         return None
 
     @property
@@ -58,8 +72,17 @@ class Architecture:
         """Length behind which dynamic NTK rotary tables grow with the sequence; else None."""
         for parameters in _rope_parameters(self.config):
             if "dynamic" in str(parameters.get("rope_type", parameters.get("type"))):
-                return int(parameters.get("original_max_position_embeddings") or self.max_context)
+                original = parameters.get("original_max_position_embeddings")
+                return self._length(original) if original else self.max_context
         return None
+
+    def _length(self, said: object) -> int:
+        if isinstance(said, bool) or not isinstance(said, (int, float)) or not 1 <= said <= 2**31:
+            raise ModelError(
+                f"config.json of {self.name} has original_max_position_embeddings {shown(said)}: "
+                "fetch it again"
+            )
+        return int(said)
 
     @property
     def num_experts(self) -> int | None:
@@ -82,11 +105,11 @@ class Architecture:
                 model = self.model_class._from_config(
                     config, attn_implementation=attention, dtype=dtype
                 )
-        except KeyError as exc:
-            raise ModelUnfit(
-                f"{self.name} cannot be split: it does not use transformers' attention interface"
-            ) from exc
         except Exception as exc:  # whatever a model class raises on a config it cannot use
+            if isinstance(exc, KeyError) and attention in str(exc):
+                raise ModelUnfit(
+                    f"{self.name} cannot be split: it does not use transformers' attention interface"
+                ) from exc
             raise ModelUnfit(f"{self.name} cannot be built: {first_line(exc)}") from exc
         return model.eval()
 
@@ -102,7 +125,10 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     where = checkpoint.name
-    kind = checkpoint.config_json.get("model_type", "?")
+    kind = shown(checkpoint.config_json.get("model_type"))
+    _refuse_own_code(checkpoint)
+    _check_counts(checkpoint.config_json, where)
+    quantization = quantization_of(checkpoint)
     try:
         whole = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as exc:  # whatever a config class raises on bad values
@@ -110,9 +136,9 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     config = whole.get_text_config()
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{where} is an encoder-decoder ({kind}): only decoder-only models can be split"
+            f"{where} is an encoder-decoder ({kind[1:-1]}): only decoder-only models can be split"
         )
-    if quantization_of(checkpoint) is not None:
+    if quantization is not None:
         # The model is built as it was before: weights become plain numbers when they are read.
         for it in (whole, config):
             if hasattr(it, "quantization_config"):
@@ -121,7 +147,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
         raise ModelError(
-            f"{where} is of type {kind!r}, for which transformers has no causal language model"
+            f"{where} is of type {kind}, for which transformers has no causal language model"
         ) from None
     if isinstance(model_class, tuple):
         model_class = model_class[0]
@@ -129,17 +155,54 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         config.tie_word_embeddings = True  # said once, for the whole; the part must know it too
     name = model_class.__name__
     _refuse_other_state(config, name)
+    num_layers, num_tensors = _required(config, name, "num_hidden_layers"), len(checkpoint)
+    if num_layers > num_tensors:
+        raise ModelError(
+            f"config.json of {where} speaks of {num_layers} layers, and its weights are "
+            f"{num_tensors} tensors: fetch it again"
+        )
     return Architecture(
         name=name,
         config=config,
         model_class=model_class,
-        num_layers=_required(config, name, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=_required(config, name, "hidden_size"),
         vocab_size=_required(config, name, "vocab_size"),
         max_context=_max_context(config),
         dtype=_stored_dtype(whole, config),
         nested=config is not whole,
     )
+
+
+def _refuse_own_code(checkpoint: Checkpoint) -> None:
+    """Say of a checkpoint that cannot do without its own code that it must."""
+    from transformers import CONFIG_MAPPING
+
+    kind = checkpoint.config_json.get("model_type")
+    if checkpoint.config_json.get("auto_map") and kind not in list(CONFIG_MAPPING.keys()):
+        raise ModelError(
+            f"{checkpoint.name} is of type {shown(kind)}, for which config.json names code of its "
+            "own (auto_map): that is never run; take a checkpoint of a type that transformers knows"
+        )
+
+
+def _check_counts(config: dict[str, Any], where: str) -> None:
+    """Refuse numbers of layers and experts by which modules would be built without end."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, where)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        for pattern, most in (
+            (_LAYERS, _MOST["num_hidden_layers"]),
+            (_EXPERTS, _MOST["num_experts"]),
+            (_LABELS, _MOST["num_labels"]),
+        ):
+            if pattern.search(key) and not value <= most:
+                raise ModelError(
+                    f"config.json of {where} has {shown(key)} {value!r}, where {most} are the "
+                    "most: fetch it again"
+                )
 
 
 def find_layers(model: nn.Module, architecture: Architecture) -> tuple[str, nn.ModuleList]:
@@ -170,7 +233,13 @@ def _refuse_other_state(config: Any, name: str) -> None:
 
 
 def _max_context(config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or 2**20
+    field = "max_position_embeddings"
+    positions = getattr(config, field, None) or 2**20
+    if not isinstance(positions, int) or not 1 <= positions <= _MOST[field]:
+        raise ModelError(
+            f"config.json has {field} {shown(positions)}, where 1 to {_MOST[field]} are possible: "
+            "fetch it again"
+        )
     # Llama 4 scales queries from this position on, but counts positions from the start of a step.
     floor = getattr(config, "floor_scale", None)
     if getattr(config, "attn_temperature_tuning", None) and isinstance(floor, int):
@@ -197,8 +266,11 @@ def _stored_dtype(*configs: Any) -> torch.dtype:
 
 def _required(config: Any, name: str, field: str) -> int:
     value = getattr(config, field, None)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"config.json of {name} has no usable {field} (it says {value!r})")
+    if not isinstance(value, int) or not 1 <= value <= _MOST[field]:
+        raise ModelError(
+            f"config.json of {name} has no usable {field} (it says {shown(value)}, where 1 to "
+            f"{_MOST[field]} are possible): fetch it again"
+        )
     return value
 
 
@@ -212,5 +284,8 @@ def _first(config: Any, *fields: str) -> int | None:
 
 def first_line(exc: BaseException) -> str:
     """What to quote of foreign code's error in a sentence of ours."""
-    lines = str(exc).strip().splitlines()
-    return lines[0] if lines else type(exc).__name__
+    lines = str(exc)[:4000].strip().splitlines()
+    # "Validation error for field 'vocab_size':", and what it is follows below.
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1].strip()}"
+    return one_line(lines[0]) if lines else type(exc).__name__

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from engine.copying import unreadable
+from engine.json_file import is_printable, parse_object, shown
 from engine.staged_copy import StagedCopy, read_marker
 from proto.errors import ModelError
 
@@ -47,7 +50,9 @@ _TOKENIZER_FILES: Final = (
 SIDE_FILES: Final = ("config.json", _INDEX, "generation_config.json", *_TOKENIZER_FILES)
 # The safetensors format allows headers up to 100 MB; no JSON beside a model comes near that.
 _MAX_HEADER_BYTES: Final = 100_000_000
-_MAX_JSON_BYTES: Final = 64 * 2**20
+_MAX_JSON_BYTES: Final = 64 * 2**20  # of the tokenizer's files as well
+_MAX_AXES: Final = 8
+_MAX_BYTES: Final = 2**50  # of one file; keeps numbers of a header from growing without end
 _READ_BYTES: Final = 16 * 2**20  # per read call, so that progress moves and ctrl-C is heard
 
 _DTYPES: Final = {
@@ -63,6 +68,11 @@ _DTYPES: Final = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 
 Progress = Callable[[int], None]  # called with bytes just read
@@ -128,6 +138,9 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         """Names of all tensors, also of those in files that are not here."""
         return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
@@ -230,8 +243,11 @@ class Checkpoint:
 
     def tokenizer_folder(self) -> Path | None:
         """Where the tokenizer's files lie, None if there are none; a hub id's are downloaded."""
-        found = [file for file in _TOKENIZER_FILES if self._source.locate(file) is not None]
-        return self.folder if found else None
+        found = [self._source.locate(file) for file in _TOKENIZER_FILES]
+        for path in found:
+            if path is not None:
+                _check_json_size(path)
+        return self.folder if any(found) else None
 
     def _header(self, file: str) -> dict[str, TensorEntry]:
         if file not in self._headers:
@@ -248,16 +264,12 @@ class Checkpoint:
                 raise ModelError(self._source.why_no_config())
             return None
         try:
-            if path.stat().st_size > _MAX_JSON_BYTES:
-                raise ModelError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a {file}")
-            parsed = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as exc:
+            _check_json_size(path)
+            return parse_object(path.read_bytes(), each_name_once=file == _INDEX)
+        except ValueError as exc:
             raise ModelError(f"{path} is not valid JSON ({exc}): fetch it again") from exc
         except OSError as exc:
             raise unreadable(path, exc) from exc
-        if not isinstance(parsed, dict):
-            raise ModelError(f"{path} holds no JSON object: fetch it again")
-        return parsed
 
 
 class _Folder:
@@ -268,7 +280,10 @@ class _Folder:
 
     def locate(self, file: str) -> Path | None:
         path = self.folder / file
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        check_link(path)
+        return path
 
     def describe(self, file: str) -> str:
         return str(self.folder / file)
@@ -313,7 +328,9 @@ class _Hub:
         )
 
         try:
-            return Path(hf_hub_download(self.repo, file, revision=self._revision))
+            path = Path(hf_hub_download(self.repo, file, revision=self._revision))
+            check_link(path)
+            return path
         except LocalEntryNotFoundError:  # not in the cache, and the hub was not asked or is away
             self._unreachable = True
             return None
@@ -361,6 +378,35 @@ def _find(model: str | None) -> _Folder | _Hub:
     return _Hub(model)
 
 
+def check_link(path: Path) -> None:
+    """Refuse a link that leads out of its folder to anything but the hub cache's own files.
+
+    A folder that came from elsewhere may have a link to any file that its reader can read.
+
+    Raises:
+        ModelError: names the link and where it leads.
+    """
+    if not path.is_symlink():
+        return
+    real, folder = path.resolve(), path.parent.resolve()
+    is_blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    own_blobs = (folder.parent.parent / "blobs").resolve()  # of a snapshot in the hub cache
+    is_own_blob = folder.parent.name == "snapshots" and real.is_relative_to(own_blobs)
+    if not (real.is_relative_to(folder) or is_blob or is_own_blob):
+        raise ModelError(
+            f"{path} is a link to {real}, outside of the checkpoint's folder: put the file itself "
+            "there if you trust it"
+        )
+
+
+def _check_json_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise ModelError(
+            f"{path} has {size} bytes, where {_MAX_JSON_BYTES} are the most: fetch it again"
+        )
+
+
 def truncated(path: Path, key: str, entry: TensorEntry, size: int) -> ModelError:
     """What to say of a file that ends before one of its tensors does."""
     return ModelError(
@@ -382,15 +428,14 @@ def _checked_weight_map(index: dict[str, Any], name: str) -> dict[str, str]:
     if not isinstance(files, dict) or not files:
         raise ModelError(f"{_INDEX} of {name} has no weight_map: fetch it again")
     for key, file in files.items():
+        where = f"{_INDEX} of {name} puts {shown(key)} into {shown(file)}"
         # A name from a checkpoint must not lead out of its folder.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise ModelError(
-                f"{_INDEX} of {name} puts {key!r} into {file!r}: not a plain file name"
-            )
+            raise ModelError(f"{where}: not a plain file name")
         if not file.endswith(".safetensors"):
-            raise ModelError(
-                f"{_INDEX} of {name} puts {key!r} into {file!r}, which is not a safetensors file"
-            )
+            raise ModelError(f"{where}, which is not a safetensors file")
+        if not is_printable(file) or not is_printable(key):
+            raise ModelError(f"{where}: a name that nobody can read or write; fetch it again")
     return files
 
 
@@ -406,13 +451,16 @@ def read_tensor(
     Raises:
         ModelError: the file cannot be read, or ends before the tensor does; names both.
     """
-    if buffer is None:
-        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    else:
-        data = buffer[: entry.num_bytes]
-    view = data.numpy().data
     done = 0
     with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if entry.offset + entry.num_bytes > size:  # before memory is taken for it
+            raise truncated(path, key, entry, size)
+        if buffer is None:
+            data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        else:
+            data = buffer[: entry.num_bytes]
+        view = data.numpy().data
         file.seek(entry.offset)
         while done < entry.num_bytes:
             try:
@@ -443,13 +491,13 @@ def read_header(path: Path, file: str) -> dict[str, TensorEntry]:
             f"{size} bytes, a header of {length} announced; fetch it again"
         )
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as exc:
+        header = parse_object(text, each_name_once=True)
+    except ValueError as exc:
         raise ModelError(f"{path} has a damaged header ({exc}): fetch it again") from exc
-    if not isinstance(header, dict):
-        raise ModelError(f"{path} has a damaged header (no JSON object): fetch it again")
     header.pop("__metadata__", None)
-    return {key: _entry(path, file, key, said, 8 + length) for key, said in header.items()}
+    entries = {key: _entry(path, file, key, said, 8 + length) for key, said in header.items()}
+    _check_apart(path, entries)
+    return entries
 
 
 def _read_start(path: Path) -> tuple[int, int, bytes | None]:
@@ -470,18 +518,36 @@ def _opened(path: Path) -> FileIO:
 
 
 def _entry(path: Path, file: str, key: str, said: Any, data_start: int) -> TensorEntry:
+    where = f"{path}: tensor {shown(key)}"
+    if not is_printable(key):
+        raise ModelError(f"{where} has a name that nobody can read or write: fetch it again")
     try:
-        dtype = _DTYPES[said["dtype"]]
-        shape = tuple(int(size) for size in said["shape"])
-        start, stop = (int(offset) for offset in said["data_offsets"])
-    except (KeyError, TypeError, ValueError) as exc:
-        raise ModelError(f"{path}: tensor {key!r} has an unreadable entry ({said!r})") from exc
-    count = 1
-    for axis in shape:
-        count *= axis
-    if start < 0 or min(shape, default=0) < 0 or stop - start != count * dtype.itemsize:
+        dtype, shape, (start, stop) = said["dtype"], said["shape"], said["data_offsets"]
+        is_readable = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MAX_AXES
+        is_readable = is_readable and all(type(it) is int for it in (*shape, start, stop))
+    except (KeyError, TypeError, ValueError):
+        is_readable = False
+    if not is_readable:
+        raise ModelError(f"{where} has an unreadable entry ({shown(said)}): fetch it again")
+    if dtype not in _DTYPES:
+        raise ModelError(f"{where} is of {shown(dtype)}, which is no type of numbers known here")
+    is_bounded = 0 <= start <= stop <= _MAX_BYTES and all(0 <= it <= _MAX_BYTES for it in shape)
+    if not is_bounded or stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ModelError(
-            f"{path}: tensor {key!r} of shape {list(shape)} {said['dtype']} does not fit "
-            f"its {stop - start} bytes: the file is damaged, fetch it again"
+            f"{where} of shape {shown(shape)} {dtype} does not fit its bytes "
+            f"{shown(start)} to {shown(stop)}: the file is damaged, fetch it again"
         )
-    return TensorEntry(file, dtype, shape, data_start + start, stop - start)
+    return TensorEntry(file, _DTYPES[dtype], tuple(shape), data_start + start, stop - start)
+
+
+def _check_apart(path: Path, entries: dict[str, TensorEntry]) -> None:
+    """See that no byte belongs to two tensors."""
+    in_order = sorted(
+        (it for it in entries.items() if it[1].num_bytes), key=lambda it: it[1].offset
+    )
+    for (first, one), (second, other) in pairwise(in_order):
+        if one.offset + one.num_bytes > other.offset:
+            raise ModelError(
+                f"{path}: tensors {first!r} and {second!r} lie in the same bytes: the file is "
+                "damaged, fetch it again"
+            )

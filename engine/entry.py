@@ -135,7 +135,9 @@ class Entry:
         said: set[int] = set()
         generation = self.checkpoint.optional_json("generation_config.json") or {}
         for value in (generation.get("eos_token_id"), self._model.config.eos_token_id):
-            said.update([value] if isinstance(value, int) else value or [])
+            said.update(
+                it for it in (value if isinstance(value, list) else [value]) if type(it) is int
+            )
             if said:
                 break
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:

@@ -329,6 +329,7 @@ class _Loader:
         def wanted(name: str) -> bool:
             return name.startswith(own_layers) or name.rpartition(".")[0] in own_modules
 
+        plan.check(wanted)
         packed = put_packed(
             model, self.architecture, self.packing, self.device, is_own, plan.dtype_of
         )

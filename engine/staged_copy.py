@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from engine.json_file import parse_object
 from proto.errors import ModelError
 
 MARKER: Final = "comboio-slice.json"
 _VERSION: Final = 1
+_MAX_BYTES: Final = 64 * 2**20  # of the marker
 
 Range = tuple[int, int]  # bytes [start, stop) of a file
 
@@ -93,10 +95,12 @@ def read_marker(folder: Path) -> StagedCopy | None:
     """
     path = folder / MARKER
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_BYTES:
+            raise _damaged(path)
+        said = parse_object(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError, OSError) as exc:
+    except (ValueError, OSError) as exc:
         raise _damaged(path) from exc
     try:
         if said["version"] != _VERSION:
@@ -106,7 +110,7 @@ def read_marker(folder: Path) -> StagedCopy | None:
         return StagedCopy(
             folder, str(said["name"]), str(said["fingerprint"]), (int(start), int(end)), files
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise _damaged(path) from exc
 
 

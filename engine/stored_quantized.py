@@ -19,12 +19,20 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, Progress
+from engine.json_file import shown
 from proto.errors import ModelError
 
 _PART_BYTES: Final = 64 * 2**20  # of float32 numbers that are worked out at a time
 _FLOAT8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+_INDICES: Final = (torch.int32, torch.int64)
 # Values of a 4-bit float with 2 bits of exponent and 1 of mantissa (OCP Microscaling Formats 1.0).
 _E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_COMPRESSED_FORMATS: Final = (
+    "pack-quantized",
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+)
 # AWQ packs 8 columns of a row into 32 bits in this order (github.com/casper-hansen/AutoAWQ).
 _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -77,6 +85,10 @@ class StoredTensors:
         """Of a tensor."""
         group = self._groups.get(key)
         return self._checkpoint.entry(key).shape if group is None else group.shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of a tensor as it comes: of numbers that are worked out, float32."""
+        return torch.float32 if key in self._groups else self._checkpoint.entry(key).dtype
 
     def read(self, key: str, dtype: torch.dtype | None, progress: Progress | None) -> Tensor:
         """All of a tensor.
@@ -150,10 +162,9 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     config = checkpoint.config_json.get("quantization_config")
     if not config:
         return None
-    method = config.get("quant_method", "?") if isinstance(config, dict) else "?"
-    if method not in _METHODS:
-        raise _unknown(checkpoint, str(method))
-    assert isinstance(config, dict)
+    method = config.get("quant_method", "?") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or not isinstance(method, str) or method not in _METHODS:
+        raise _unknown(checkpoint, _plain(method))
     return config
 
 
@@ -173,6 +184,38 @@ class _Finder:
         """The tensors of a group that are there, by what they are."""
         found = {what: base + name for what, name in names.items()}
         return {what: key for what, key in found.items() if key in self.checkpoint}
+
+    def require_kind(self, key: str, *kinds: torch.dtype) -> None:
+        """Refuse the checkpoint unless a tensor is of one of these types; of any float if none."""
+        dtype = self.checkpoint.entry(key).dtype
+        if not (dtype in kinds if kinds else dtype.is_floating_point):
+            raise self.misfit(f"{key} of {dtype}", self.checkpoint.entry(key).shape)
+
+    def group_size(self, asked: object, key: str, in_features: int, num_groups: int) -> int:
+        """How many inputs share a scale, of which there are so many."""
+        if type(asked) is int and asked > 0 and -(-in_features // asked) == num_groups:
+            return asked
+        if in_features % num_groups:  # then nobody can tell
+            raise self.misfit(key, self.checkpoint.entry(key).shape)
+        return in_features // num_groups
+
+    def rows_of_groups(
+        self, order: Tensor | None, in_features: int, num_groups: int, size: int
+    ) -> Tensor:
+        """(in_features,): the group of each input, as listed or one after the other."""
+        if order is None:
+            return torch.arange(in_features) // size
+        groups = order.long()
+        lowest, highest = int(groups.min()), int(groups.max())
+        if lowest == highest == -1:  # how compressed-tensors says that nothing was reordered
+            return torch.arange(in_features) // size
+        if lowest < 0 or highest >= num_groups:
+            raise ModelError(
+                f"{self.checkpoint.name} ({self.config['quant_method']}): inputs of a weight are "
+                f"put into groups {lowest} to {highest}, and it has groups 0 to {num_groups - 1}: "
+                "fetch the checkpoint again"
+            )
+        return groups
 
     def shape(self, key: str, num_axes: int) -> tuple[int, ...]:
         """Of a tensor with so many axes."""
@@ -196,6 +239,11 @@ class _Finder:
         return _unknown(self.checkpoint, f"{self.config['quant_method']}, {what}")
 
 
+def _plain(said: object) -> str:
+    """A value of the config, as it reads best in a sentence."""
+    return said if isinstance(said, str) and said.replace("-", "_").isidentifier() else shown(said)
+
+
 def _unknown(checkpoint: Checkpoint, method: str) -> ModelError:
     return ModelError(
         f"{checkpoint.name} is stored quantized ({method}), which cannot be loaded: take the "
@@ -212,11 +260,11 @@ def _gptq(finder: _Finder) -> dict[str, _Group]:
     Layout: github.com/AutoGPTQ/AutoGPTQ (v1: zero points are stored less one) and GPTQModel (v2).
     """
     bits = finder.config.get("bits")
-    if bits not in (2, 4, 8):
-        raise finder.unknown(f"{bits} bits")
+    if type(bits) is not int or bits not in (2, 4, 8):
+        raise finder.unknown(f"{_plain(bits)} bits")
     layout = finder.config.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
-        raise finder.unknown(f"checkpoint_format {layout}")
+        raise finder.unknown(f"checkpoint_format {_plain(layout)}")
     each, above = 32 // bits, 1 if layout == "gptq" else 0
     groups = {}
     for base, key in finder.ending(".qweight"):
@@ -225,16 +273,14 @@ def _gptq(finder: _Finder) -> dict[str, _Group]:
         )
         packed_rows, out_features = finder.shape(key, 2)
         in_features = packed_rows * each
-        _check_group(finder, parts, in_features, out_features, each)
-        if "order" in parts:
-            finder.require(finder.shape(parts["order"], 1) == (in_features,), parts["order"])
+        size = _check_group(finder, parts, in_features, out_features, each)
 
-        def make(parts: Parts, start: int, stop: int) -> Tensor:
+        def make(parts: Parts, start: int, stop: int, size: int = size) -> Tensor:
             whole = _unpacked(parts["qweight"][:, start:stop].t(), bits)
             zeros = _unpacked(parts["zeros"][:, start // each : -(-stop // each)], bits)
             scales = parts["scales"][:, start:stop].float()
             zeros = zeros[:, : stop - start] + above
-            rows = _rows_of_groups(parts.get("order"), whole.shape[1], len(scales))
+            rows = finder.rows_of_groups(parts.get("order"), whole.shape[1], len(scales), size)
             return (whole - zeros[rows].t()) * scales[rows].t()
 
         groups[f"{base}.weight"] = _Group(shape=(out_features, in_features), parts=parts, make=make)
@@ -244,20 +290,20 @@ def _gptq(finder: _Finder) -> dict[str, _Group]:
 def _awq(finder: _Finder) -> dict[str, _Group]:
     """AWQ: integers and zero points packed along outputs, a scale a group of inputs."""
     bits, version = finder.config.get("bits", 4), finder.config.get("version", "gemm")
-    if bits != 4 or str(version).lower() != "gemm":
-        raise finder.unknown(f"version {version} with {bits} bits")
+    if type(bits) is not int or bits != 4 or str(version).lower() != "gemm":
+        raise finder.unknown(f"version {_plain(version)} with {_plain(bits)} bits")
     groups = {}
     for base, key in finder.ending(".qweight"):
         parts = finder.parts(base, qweight=".qweight", zeros=".qzeros", scales=".scales")
         in_features, packed = finder.shape(key, 2)
-        _check_group(finder, parts, in_features, packed * 8, 8)
+        size = _check_group(finder, parts, in_features, packed * 8, 8)
 
-        def make(parts: Parts, start: int, stop: int) -> Tensor:
+        def make(parts: Parts, start: int, stop: int, size: int = size) -> Tensor:
             columns = slice(start // 8, -(-stop // 8))
             whole = _awq_unpacked(parts["qweight"][:, columns])[:, : stop - start]
             zeros = _awq_unpacked(parts["zeros"][:, columns])[:, : stop - start]
             scales = parts["scales"][:, start:stop].float()
-            rows = _rows_of_groups(None, len(whole), len(scales))
+            rows = finder.rows_of_groups(None, len(whole), len(scales), size)
             return ((whole - zeros[rows]) * scales[rows]).t()
 
         groups[f"{base}.weight"] = _Group(shape=(packed * 8, in_features), parts=parts, make=make)
@@ -266,22 +312,21 @@ def _awq(finder: _Finder) -> dict[str, _Group]:
 
 def _check_group(
     finder: _Finder, parts: dict[str, str], in_features: int, out_features: int, each: int
-) -> None:
-    """See that scales and zero points are there, and as many as they must be."""
+) -> int:
+    """See that scales and zero points are there, and as many as they must be; the group's size."""
     for what in ("zeros", "scales"):
         finder.require(what in parts, parts["qweight"])
     count, columns = finder.shape(parts["scales"], 2)
     finder.require(columns == out_features and count <= in_features, parts["scales"])
     zeros = finder.shape(parts["zeros"], 2)
     finder.require(zeros == (count, -(-out_features // each)), parts["zeros"])
-
-
-def _rows_of_groups(order: Tensor | None, in_features: int, num_groups: int) -> Tensor:
-    """(in_features,): the group of each input."""
-    if order is not None:
-        return order.long().clamp(0, num_groups - 1)
-    size = -(-in_features // num_groups)
-    return torch.arange(in_features) // size
+    finder.require_kind(parts["scales"])
+    for what in ("qweight", "zeros"):
+        finder.require_kind(parts[what], torch.int32)
+    if "order" in parts:
+        finder.require(finder.shape(parts["order"], 1) == (in_features,), parts["order"])
+        finder.require_kind(parts["order"], *_INDICES)
+    return finder.group_size(finder.config.get("group_size"), parts["scales"], in_features, count)
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
@@ -314,26 +359,29 @@ def _fp8(finder: _Finder) -> dict[str, _Group]:
 def _compressed(finder: _Finder) -> dict[str, _Group]:
     """compressed-tensors: packed integers in groups, or float8 and int8 with scales."""
     config = finder.config
-    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = _table(config, "sparsity_config").get("format", "dense")
     if sparsity != "dense":
-        raise finder.unknown(f"sparsity {sparsity}")
-    schemes = [
-        it.get("weights") or {}
-        for it in (config.get("config_groups") or {}).values()
-        if isinstance(it, dict)
-    ]
-    formats = {config.get("format"), *(it.get("format") for it in schemes)} - {None}
-    strange = formats - {"pack-quantized", "float-quantized", "int-quantized", "naive-quantized"}
-    if strange:
-        raise finder.unknown(f"format {sorted(map(str, strange))[0]}")
-    packed_bits: set[Any] = {it.get("num_bits") for it in schemes}
+        raise finder.unknown(f"sparsity {_plain(sparsity)}")
+    config_groups = _table(config, "config_groups")
+    schemes = [_table(it, "weights") for it in config_groups.values() if isinstance(it, dict)]
+    for said in (config.get("format"), *(it.get("format") for it in schemes)):
+        if said not in (None, *_COMPRESSED_FORMATS):
+            raise finder.unknown(f"format {_plain(said)}")
+    packed_bits = [it.get("num_bits") for it in schemes]
+    group_sizes = [it.get("group_size") for it in schemes]
+    group_size = group_sizes[0] if len(group_sizes) == 1 else None
     block = next((it["block_structure"] for it in schemes if it.get("block_structure")), None)
     groups = {}
     for base, key in finder.ending(".weight_scale"):
         if f"{base}.weight_packed" in finder.checkpoint:
-            if len(packed_bits) != 1 or not packed_bits <= {4, 8}:
-                raise finder.unknown(f"weights of {sorted(map(str, packed_bits))} bits")
-            groups[f"{base}.weight"] = _packed_integers(finder, base, next(iter(packed_bits)))
+            bits = packed_bits[0] if packed_bits else None
+            if (
+                type(bits) is not int
+                or bits not in (4, 8)
+                or packed_bits.count(bits) < len(schemes)
+            ):
+                raise finder.unknown(f"weights of {shown(packed_bits)} bits")
+            groups[f"{base}.weight"] = _packed_integers(finder, base, bits, group_size)
         elif f"{base}.weight" in finder.checkpoint:
             zeros = f"{base}.weight_zero_point"
             kinds = (*_FLOAT8, torch.int8)
@@ -348,7 +396,13 @@ def _compressed(finder: _Finder) -> dict[str, _Group]:
     return groups
 
 
-def _packed_integers(finder: _Finder, base: str, bits: int) -> _Group:
+def _table(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What is nested under a name; nothing where it is of another kind."""
+    said = config.get(name)
+    return said if isinstance(said, dict) else {}
+
+
+def _packed_integers(finder: _Finder, base: str, bits: int, group_size: object) -> _Group:
     """Signed integers, packed along a row with half their range added."""
     parts = finder.parts(
         base,
@@ -365,12 +419,17 @@ def _packed_integers(finder: _Finder, base: str, bits: int) -> _Group:
     if "zeros" in parts:
         zeros_shape = finder.shape(parts["zeros"], 2)
         finder.require(zeros_shape == (-(-out_features // each), num_groups), parts["zeros"])
+        finder.require_kind(parts["zeros"], torch.int32)
     if "order" in parts:
         finder.require(finder.shape(parts["order"], 1) == (in_features,), parts["order"])
+        finder.require_kind(parts["order"], *_INDICES)
+    finder.require_kind(parts["packed"], torch.int32)
+    finder.require_kind(parts["scales"])
+    size = finder.group_size(group_size, parts["scales"], in_features, num_groups)
 
     def make(parts: Parts, start: int, stop: int) -> Tensor:
         whole: Tensor = _unpacked(parts["packed"], bits) - half
-        groups = _rows_of_groups(parts.get("order"), in_features, num_groups)
+        groups = finder.rows_of_groups(parts.get("order"), in_features, num_groups, size)
         if "zeros" in parts:
             packed = parts["zeros"][start // each : -(-stop // each)].t()
             zeros = _unpacked(packed, bits)[:, : stop - start].t() - half
@@ -397,7 +456,9 @@ def _scaled(
     """Small numbers, each multiplied with the scale of its block, row, or tensor."""
     entry, scale = finder.checkpoint.entry(key), finder.checkpoint.entry(scale_key)
     shape = entry.shape
-    finder.require(entry.dtype in kinds and len(shape) >= 2 and 0 not in shape, key)
+    finder.require(len(shape) >= 2 and 0 not in shape, key)
+    finder.require_kind(key, *kinds)
+    finder.require_kind(scale_key)
     sizes = _block_sizes(shape, scale.shape, block)
     if sizes is None:
         raise finder.misfit(scale_key, scale.shape)
@@ -411,6 +472,7 @@ def _scaled(
     parts = {"numbers": key, "scales": scale_key}
     if zeros_key is not None:
         finder.require(finder.checkpoint.entry(zeros_key).shape == scale.shape, zeros_key)
+        finder.require_kind(zeros_key, *kinds)
         parts["zeros"] = zeros_key
     return _Group(shape=shape, parts=parts, by_entry=frozenset({"numbers"}), make=make)
 
@@ -429,7 +491,7 @@ def _block_sizes(
     for size, count, asked in zip(shape, scales, wanted, strict=True):
         if count == 1:
             sizes.append(size)
-        elif isinstance(asked, int) and asked > 0 and -(-size // asked) == count:
+        elif type(asked) is int and asked > 0 and -(-size // asked) == count:
             sizes.append(asked)
         elif count > 0 and size % count == 0:
             sizes.append(size // count)
@@ -458,6 +520,8 @@ def _mxfp4(finder: _Finder) -> dict[str, _Group]:
         finder.require("scales" in parts and num_bytes == 16, key)
         scales = finder.shape(parts["scales"], 3)
         finder.require(scales == (count, rows, num_groups), parts["scales"])
+        for part in parts.values():
+            finder.require_kind(part, torch.uint8)
         groups[base] = _Group(
             shape=(count, num_groups * 32, rows),
             parts=parts,

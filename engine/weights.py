@@ -8,11 +8,12 @@ is packed (`engine.packed_linear`) is read in parts of a parameter: some rows, o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from engine.checkpoint import Checkpoint, Progress
 from engine.packed_linear import Packed
 from engine.stored_quantized import StoredTensors
 from proto.errors import ModelError
+
+# What a model computes for itself: the largest there are hold a truth value for each two positions.
+_MAX_BUFFER_BYTES: Final = 2**30
 
 Wanted = Callable[[str], bool]  # by parameter name
 
@@ -55,6 +59,7 @@ class WeightPlan:
         self._stored = StoredTensors(checkpoint)
         self._mapped = mapped
         self._shapes: dict[str, Tensor] = model.state_dict()
+        self._largest = max((it.numel() for it in self._shapes.values()), default=0)
         # Two parameters that are one tensor; a checkpoint stores either of them, or both.
         tied = dict(getattr(model, "all_tied_weights_keys", {}))
         self._tied: dict[str, str] = {**{b: a for a, b in tied.items()}, **tied}
@@ -124,6 +129,7 @@ class WeightPlan:
         Raises:
             ModelError: a wanted parameter is not in the checkpoint, or has another shape there.
         """
+        self.check(wanted)
         held = 0
         for target in self._needed_targets(wanted):
             held += self._load(target, target, wanted, device, progress)
@@ -137,6 +143,38 @@ class WeightPlan:
                 f"({missing[0]} for one): fetch the whole checkpoint"
             )
         return held
+
+    def check(self, wanted: Wanted) -> None:
+        """See that the wanted parameters are stored in their own sizes; reads headers, no tensor.
+
+        So what a file says of its sizes costs no memory, and what a config says of them no more
+        than weights that are there.
+
+        Raises:
+            ModelError: names the first that is not.
+        """
+        same = [(name, name) for name in self._steps if wanted(name)]
+        for name, target in (*same, *self._tied_targets(wanted)):
+            transform, sources = self._steps[target]
+            meant, shapes = self._shapes[name], [self._stored.shape(key) for _, key in sources]
+            if transform is None and shapes != [tuple(meant.shape)]:
+                raise self._misshapen(name, shapes[0])
+            # Several make one, or one makes several: numbers are only put in another order.
+            parts = 1 if transform is None else len(transform.target_patterns)
+            stored = sum(map(math.prod, shapes))
+            if not meant.numel() <= stored <= parts * self._largest:
+                raise ModelError(
+                    f"{self._checkpoint.name}: the tensors for {name} have {stored} numbers, "
+                    f"{self._name} with this config.json wants {meant.numel()}"
+                )
+            for _, key in sources:
+                dtype = self._stored.dtype(key)
+                if meant.is_floating_point() and not dtype.is_floating_point:
+                    raise ModelError(
+                        f"{self._checkpoint.name}: tensor {key} is of {dtype}, and {self._name} "
+                        "wants numbers with a fraction there: the checkpoint is stored in a way "
+                        "that its config.json does not say"
+                    )
 
     def _load(
         self,
@@ -306,12 +344,18 @@ def fill_buffers(model: Any, device: torch.device) -> None:
     """
     from transformers import initialization
 
-    for module in model.modules():
+    for path, module in model.named_modules():
         meta = [leaf for leaf, it in module._buffers.items() if it is not None and it.is_meta]
         if not meta:
             continue
         for leaf in meta:
             old = module._buffers[leaf]
+            num_bytes = old.numel() * old.dtype.itemsize
+            if num_bytes > _MAX_BUFFER_BYTES:
+                raise ModelError(
+                    f"config.json asks for a table {path}.{leaf} of shape {list(old.shape)}, "
+                    f"{num_bytes} bytes, where {_MAX_BUFFER_BYTES} are the most: fetch it again"
+                )
             module._buffers[leaf] = torch.zeros(old.shape, dtype=old.dtype, device=device)
         with torch.no_grad(), initialization.guard_torch_init_functions():
             model._init_weights(module)
@@ -351,7 +395,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _natural(key: str) -> list[tuple[int, int | str]]:
     """Sort key that puts expert 10 behind expert 9: stacked tensors keep their order."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in key.split(".")]
 
 
 def _prefix_remover(
