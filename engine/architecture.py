@@ -108,7 +108,8 @@ class Architecture:
         except Exception as exc:  # whatever a model class raises on a config it cannot use
             if isinstance(exc, KeyError) and attention in str(exc):
                 raise ModelUnfit(
-                    f"{self.name} cannot be split: it does not use transformers' attention interface"
+                    f"{self.name} cannot be split: "
+                    "it does not use transformers' attention interface"
                 ) from exc
             raise ModelUnfit(f"{self.name} cannot be built: {first_line(exc)}") from exc
         return model.eval()

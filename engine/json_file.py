@@ -13,7 +13,9 @@ from typing import Any, Final
 # The largest index there is names some 150,000 tensors, and a header has 8 values for each.
 MAX_VALUES: Final = 2_000_000
 _MAX_NAME_CHARS: Final = 512
-_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
+_UNPRINTABLE: Final = re.compile(
+    r"[^\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]"
+)
 
 
 def parse_object(data: bytes, *, each_name_once: bool = False) -> dict[str, Any]:

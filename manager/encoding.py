@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from manager.chat_template import TemplateError, write_chat
 from proto.errors import ModelError, RequestRefused, UsageError
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
@@ -70,13 +71,8 @@ class Encoder:
             )
         check_messages(messages)
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **template,
-            )
-        except Exception as exc:  # jinja's errors, and whatever a template raises by itself
+            text = write_chat(self.tokenizer, messages, **template, add_generation_prompt=True)
+        except TemplateError as exc:
             raise RequestRefused(
                 f"the chat template of {self.model_name} does not take this conversation: {exc}"
             ) from exc

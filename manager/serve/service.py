@@ -173,7 +173,9 @@ class Service:
         pipeline = self._pipeline()
         adapter = await self._adapter(pipeline, request.model)
         assert self._tools is not None
-        plan = self._tools.plan(request)
+        # The first request with tools has the template write some calls, to learn what they look like.
+        tools = self._tools
+        plan = await self._thread(INLINE_CHARS if request.tools else 0, lambda: tools.plan(request))
         prompt = await self._conversation(pipeline, request, plan.shown)
         limit = wanted_tokens("max_tokens", request.max_tokens)
         newer = wanted_tokens("max_completion_tokens", request.max_completion_tokens)
@@ -319,8 +321,13 @@ class Service:
     ) -> Prompt:
         messages = template_messages(request.messages)
         template = dict(request.chat_template_kwargs or {})
-        for name in ("tokenize", "add_generation_prompt", "conversation", "return_tensors"):
+        for name in ("messages", "tools", "add_generation_prompt"):
             template.pop(name, None)
+        if "chat_template" in template:
+            raise bad_value(
+                "chat_template_kwargs",
+                "chat_template_kwargs has a chat_template; the model's own is taken: leave it out.",
+            )
         if tools is not None:
             template["tools"] = tools
         if not pipeline.has_chat_template:
@@ -329,8 +336,8 @@ class Service:
                 f"the model {pipeline.model_name} has no chat template, so it cannot read a "
                 "conversation: use /v1/completions with a prompt.",
             )
-        size = sum(len(message["content"]) for message in messages)
-        return await self._thread(size, lambda: pipeline.encode_chat(messages, **template))
+        # Another process writes the text, which is waited for.
+        return await self._thread(INLINE_CHARS, lambda: pipeline.encode_chat(messages, **template))
 
     async def _prompt(self, pipeline: Pipeline, said: str | tuple[int, ...]) -> Prompt:
         if isinstance(said, str):

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from manager.chat_template import write_chat
 from manager.serve.errors import bad_value
 from manager.serve.requests import ChatRequest, Tool
 from manager.serve.tool_calls import CallFormat, CallReader, learn_format
@@ -90,7 +91,7 @@ class Tools:
         return self._format
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        return write_chat(self._tokenizer, messages)
 
     def _special(self, found: CallFormat) -> tuple[tuple[int, str], ...]:
         """The special tokens around a call: they have no text of their own when they come."""
