@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from engine.checkpoint import Checkpoint
-from engine.json_file import one_line, shown
+from engine.foreign_code import first_line
+from engine.json_file import shown
 from engine.stored_quantized import quantization_of
 from proto.errors import ModelError, ModelUnfit
 
@@ -281,12 +282,3 @@ def _first(config: Any, *fields: str) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def first_line(exc: BaseException) -> str:
-    """What to quote of foreign code's error in a sentence of ours."""
-    lines = str(exc)[:4000].strip().splitlines()
-    # "Validation error for field 'vocab_size':", and what it is follows below.
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] += f" {lines[1].strip()}"
-    return one_line(lines[0]) if lines else type(exc).__name__

@@ -18,14 +18,15 @@ from engine.architecture import (
     DTYPES,
     Architecture,
     find_layers,
-    first_line,
     read_architecture,
 )
 from engine.checkpoint import Checkpoint
+from engine.foreign_code import first_line, foreign
 from engine.outline import before_and_after, put_slots, run_to_first_layer, stub_unloaded
 from engine.rotary import by_length
 from engine.slots import Conductor
 from engine.stage import choose_dtype
+from engine.tokenizer_file import check_rules, check_tokenizer_file
 from engine.weights import WeightPlan, fill_buffers
 from proto.errors import Error, ModelError, ModelUnfit
 
@@ -164,10 +165,13 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any | None:
     folder = checkpoint.tokenizer_folder()
     if folder is None:
         return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as exc:  # whatever a tokenizer class raises on missing or bad files
-        raise ModelError(
-            f"the tokenizer of {checkpoint.name} cannot be loaded ({first_line(exc)}): "
-            "fetch its files again"
-        ) from exc
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer_file(folder / "tokenizer.json")
+    with foreign(f"the tokenizer of {checkpoint.name} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_rules(tokenizer, checkpoint.name)
+    with foreign(f"the tokenizer of {checkpoint.name} does not work"):
+        tokenizer.decode(tokenizer("a text 1")["input_ids"])
+        if not isinstance(tokenizer.eos_token_id, (int, type(None))):
+            raise TypeError(f"eos_token_id {tokenizer.eos_token_id!r}")
+    return tokenizer

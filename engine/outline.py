@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import attention
-from engine.architecture import first_line
 from engine.attention import StepContext
+from engine.foreign_code import first_line
 from engine.slots import Conductor, LayerSlot, SectionDone
 from engine.weights import fill_buffers
 from proto.errors import ModelUnfit

@@ -24,11 +24,11 @@ from engine.architecture import (
     DTYPES,
     Architecture,
     find_layers,
-    first_line,
     read_architecture,
 )
 from engine.attention import StageRun, StepContext
 from engine.checkpoint import Checkpoint
+from engine.foreign_code import first_line
 from engine.kernels import native
 from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
 from engine.lean.fitting import fit_layers

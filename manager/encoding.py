@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.foreign_code import foreign
 from manager.chat_template import TemplateError, write_chat
 from proto.errors import ModelError, RequestRefused, UsageError
 
@@ -89,8 +90,9 @@ class Encoder:
     def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # Prompts may be longer than the tokenizer's own limit; whether one fits is said later,
         # with the numbers.
-        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return tuple(int(i) for i in encoded["input_ids"])
+        with foreign(f"the tokenizer of {self.model_name} does not take this text"):
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            return tuple(int(i) for i in encoded["input_ids"])
 
 
 def check_text(text: str) -> None:

@@ -16,8 +16,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from engine.architecture import DTYPES, first_line
+from engine.architecture import DTYPES
 from engine.checkpoint import SIDE_FILES, Checkpoint
+from engine.foreign_code import first_line
 from engine.jobs.settings import TrainingSettings
 from proto.errors import Error, ModelError, UsageError
 from proto.free_memory import free_cpu_bytes

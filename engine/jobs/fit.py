@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from engine.architecture import first_line
+from engine.foreign_code import first_line
 from proto.errors import UsageError
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"

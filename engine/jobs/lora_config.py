@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from engine.architecture import first_line
+from engine.foreign_code import first_line
 from engine.jobs.base_model import decoder_layers
 from engine.jobs.settings import LoraSettings
 from proto.errors import ModelError, UsageError

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import torch
 
-from engine.architecture import first_line
 from engine.checkpoint import Checkpoint
+from engine.foreign_code import first_line
 from engine.jobs.base_model import (
     Placement,
     copy_tokenizer,

@@ -173,7 +173,7 @@ class Service:
         pipeline = self._pipeline()
         adapter = await self._adapter(pipeline, request.model)
         assert self._tools is not None
-        # The first request with tools has the template write some calls, to learn what they look like.
+        # For the first request with tools the template writes calls, to learn what they look like.
         tools = self._tools
         plan = await self._thread(INLINE_CHARS if request.tools else 0, lambda: tools.plan(request))
         prompt = await self._conversation(pipeline, request, plan.shown)
