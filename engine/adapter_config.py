@@ -12,10 +12,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, NoReturn
+
+import regex
 
 from proto.errors import AdapterError
 
+CONFIG_FILE: Final = "adapter_config.json"
 LORA: Final = "LORA"
 TASK: Final = "CAUSAL_LM"
 
@@ -77,6 +81,9 @@ _REASONS: Final = {
 MAX_RANK: Final = 65_536
 MAX_PATTERNS: Final = 4096
 MAX_PATTERN_CHARS: Final = 512
+MAX_NUMBER: Final = 1e30
+# On one path of a module, of at most some hundred characters. An expression can try for ever.
+PATIENCE_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +186,7 @@ class _Reader:
     def number(self, key: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.refuse(f"{key} is {_shown(value)}; it takes a number")
-        if not math.isfinite(value):
+        if not abs(value) <= MAX_NUMBER:  # nor NaN, nor a whole number that no float holds
             self.refuse(f"{key} is {_shown(value)}; it takes a finite number")
         return float(value)
 
@@ -195,8 +202,9 @@ class _Reader:
             if len(pattern) > MAX_PATTERN_CHARS:
                 self.refuse(f"{key} has a pattern of more than {MAX_PATTERN_CHARS} characters")
             try:
+                re.compile(_within(pattern))  # what peft would compile
                 _end_of_path(pattern)
-            except (re.error, RecursionError, OverflowError) as exc:
+            except (re.error, regex.error, RecursionError, OverflowError) as exc:
                 self.refuse(f"{key} has the pattern {pattern!r}, which is none ({exc})")
         return {pattern: read(f"{key}[{pattern!r}]", it) for pattern, it in patterns.items()}
 
@@ -207,13 +215,25 @@ class _Reader:
 def _by_pattern(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
     """The value of the first pattern that is the end of a path; peft's own rule."""
     for pattern, value in patterns.items():
-        if _end_of_path(pattern).match(path):
-            return value
+        try:
+            if _end_of_path(pattern).match(path, timeout=PATIENCE_S):
+                return value
+        except TimeoutError as exc:
+            raise AdapterError(
+                f"{CONFIG_FILE} has the pattern {pattern!r}, which takes for ever to compare with "
+                f"{path}: write it more simply."
+            ) from exc
     return otherwise
 
 
-def _end_of_path(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+@lru_cache(MAX_PATTERNS)
+def _end_of_path(pattern: str) -> regex.Pattern[str]:
+    # Not Python's own: this one can be told to give up, and lets other threads run meanwhile.
+    return regex.compile(_within(pattern))
+
+
+def _within(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _shown(value: object) -> str:

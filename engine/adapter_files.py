@@ -17,13 +17,12 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from engine.adapter_config import MERGE, AdapterConfig, parse_config
+from engine.adapter_config import CONFIG_FILE, MERGE, AdapterConfig, parse_config
 from engine.checkpoint import TensorEntry, check_link, read_header, read_tensor
 from engine.copying import unreadable
 from engine.json_file import parse_object
 from proto.errors import AdapterError, ModelError
 
-CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PICKLED_FILE: Final = "adapter_model.bin"
 TRAINED_FOLDER: Final = "lora_adapters"  # within the folder of a run of ours

@@ -224,7 +224,16 @@ class WeightPlan:
 
     def _for_packing(self, module: Packed, part: Tensor, name: str) -> Tensor:
         """Rounding is done once, from what is stored; without rounding, in the model's dtype."""
-        return part if module.format != "bf16" else part.to(self.dtype_of(name))
+        if module.format == "bf16":
+            return part.to(self.dtype_of(name))
+        # Rounded, they would be numbers like any other, and the stage's own check would see none.
+        lowest, highest = torch.aminmax(part if part.dtype.itemsize > 1 else part.float())
+        if not bool(lowest.isfinite() & highest.isfinite()):
+            raise ModelError(
+                f"{self._checkpoint.name}: the tensor for {name} holds NaN or infinity: "
+                "the checkpoint is damaged, fetch it again"
+            )
+        return part
 
     def _needed(self, wanted: Wanted) -> list[str]:
         """Targets that are to be read, under the names that the checkpoint has them."""
@@ -318,7 +327,8 @@ class WeightPlan:
         if packed is not None:
             step = packed[0].part_length(leaf)
             for start in range(0, len(value), step):
-                packed[0].take(leaf, start, value[start : start + step])
+                part = self._for_packing(packed[0], value[start : start + step], name)
+                packed[0].take(leaf, start, part)
             return 0
         value = value.to(device).contiguous()
         value._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,3 +303,77 @@ def test_the_files_alone_tell_most_of_it_without_a_model(adapter):
     change_config(adapter, peft_type="VERA")
     with pytest.raises(AdapterError, match="VERA"):
         AdapterFiles(adapter)
+
+
+# --- files that somebody made to do harm -----------------------------------------------------
+
+
+def spoil_entry(adapter: Path, **said: Any) -> None:
+    """Let the header say something else of the first tensor."""
+    path = adapter / "adapter_model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    key = min(it for it in header if it != "__metadata__")
+    header[key] |= said
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"shape": it} for it in ([float("inf")], [2.0, 4], [10**300] * 3, [1] * 99, "x")),
+        *({"data_offsets": it} for it in ([-8, 0], [8, 0], [0], None, [0, 10**30])),
+        *({"dtype": it} for it in ("F4000", None, ["F32"])),
+        {"shape": [0, 2**60], "data_offsets": [0, 0]},
+    ],
+    ids=str,
+)
+def test_a_header_that_makes_no_sense_is_refused(said, adapter, stage):
+    spoil_entry(adapter, **said)
+    assert "adapter_model.safetensors: tensor " in refusal(adapter, stage)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"r": it} for it in (10**9, -1, 0, 1.5, float("nan"), "4", True, [4])),
+        *({"lora_alpha": it} for it in (float("nan"), float("inf"), "8", [8], 10**400)),
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": {"q_proj": 10**9}},
+        {"rank_pattern": ["x"]},
+        {"rank_pattern": {"a" * 1000: 4}},
+        {"alpha_pattern": {f"x{it}": 1 for it in range(5000)}},
+        {"peft_type": ["LORA"]},
+        {"task_type": {"a": 1}},
+        {"auto_map": {"x": "evil.Evil"}},
+        {"bias": ["all"]},
+        {"init_lora_weights": ["x"]},
+    ],
+    ids=lambda it: str(it)[:50],
+)
+def test_a_config_that_makes_no_sense_is_refused_with_its_key(values, adapter, stage):
+    change_config(adapter, **values)
+    assert f"adapter_config.json: {next(iter(values))}" in refusal(adapter, stage)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(.*)*x", "(\\w|\\w\\w|[.])+y", "(.?){99}(.?){99}z"])
+def test_a_pattern_that_tries_for_ever_is_refused_or_found_to_be_another(
+    name, pattern, adapter, stage
+):
+    change_config(adapter, **{name: {pattern: 4}})
+    begun_s = time.process_time()
+    try:
+        load_adapter(str(adapter), stage)
+    except AdapterError as refused:
+        assert "which takes for ever to compare with" in str(refused)  # noqa: PT017 - either way
+    assert time.process_time() - begun_s < 20
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_out_of_the_folder_is_not_followed(file, adapter, stage, tmp_path):
+    (adapter / file).rename(tmp_path / "another's")
+    (adapter / file).symlink_to(tmp_path / "another's")
+    assert f"{adapter / file} is a link to {tmp_path / chr(97)}" in refusal(adapter, stage)

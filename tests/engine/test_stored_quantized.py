@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,148 @@ def test_parts_that_do_not_fit_each_other_are_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "stored" / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj\.scales of shape"):
         load_stage(str(tmp_path / "stored"), layers=(0, 2), device="cpu")
+
+
+# --- parts that somebody made to do harm -----------------------------------------------------
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of each layout, made once."""
+    base = tmp_path_factory.mktemp("stored")
+
+    def of(name: str) -> Path:
+        folder = base / name.replace(" ", "-")
+        if not folder.exists():
+            save_quantized("llama", folder, *LAYOUTS[name])
+        return folder
+
+    return of
+
+
+def refusal(folder: Path, quantize: str = "none") -> str:
+    with pytest.raises(ModelError) as refused:
+        load_stage(str(folder), layers=(0, 2), device="cpu", quantize=quantize)
+    said = str(refused.value)
+    assert said.isprintable() and len(said) < 500, said
+    return said
+
+
+def spoilt(source: Path, target: Path, suffix: str, spoil: Callable[[Tensor], Tensor]) -> Path:
+    """A copy in which one tensor is another."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    key = f"model.layers.0.self_attn.q_proj.{suffix}"
+    tensors[key] = spoil(tensors[key]).contiguous()
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *(("gptq 4 bits", {"bits": it}) for it in (4.0, "4", True, 0, -4, 10**9, NAN, None, [4])),
+        ("gptq 4 bits", {"bits": 8}),
+        ("gptq 4 bits", {"checkpoint_format": ["gptq"]}),
+        ("gptq 4 bits", {"checkpoint_format": "gptq\x1b[2J\n"}),
+        ("gptq 4 bits", {"quant_method": "awq"}),
+        ("gptq 4 bits", {"quant_method": "mxfp4"}),
+        *(("awq", {"version": it}) for it in (["gemm"], None, 7)),
+        ("awq", {"bits": [4]}),
+        *(("compressed-tensors 4 bits", {"format": it}) for it in (["x"], 7)),
+        ("compressed-tensors 4 bits", {"sparsity_config": {"format": ["x"]}}),
+        *(
+            ("compressed-tensors 4 bits", {"config_groups": it})
+            for it in ([1], None, {}, {"a": "x"}, {"a": {"weights": [1]}})
+        ),
+        *(
+            ("compressed-tensors 4 bits", {"config_groups": {"a": {"weights": {"num_bits": it}}}})
+            for it in ([4], 3, 4.0, NAN, "4", 8)
+        ),
+    ],
+    ids=str,
+)
+def test_a_config_of_a_layout_that_makes_no_sense(
+    name: str, values: dict[str, Any], stored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(stored(name), tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    change_config(tmp_path / "model", quantization_config=said | values)
+    assert refusal(tmp_path / "model").startswith("model")
+
+
+SPOILT: dict[tuple[str, str], list[Callable[[Tensor], Tensor]]] = {
+    ("gptq 4 bits", "qweight"): [
+        Tensor.float, Tensor.long, Tensor.flatten, lambda it: it[:0], lambda it: it[:1],
+    ],
+    ("gptq 4 bits", "scales"): [
+        Tensor.int, lambda it: torch.cat([it, it]), lambda it: it[:, 1:], lambda it: it * NAN,
+    ],
+    ("gptq 4 bits", "qzeros"): [Tensor.float, lambda it: it[:, 1:], lambda it: it[:1]],
+    ("gptq with the order of its activations", "g_idx"): [
+        lambda it: it + 1000, lambda it: it - 1, lambda it: it.long() + 2**62, Tensor.float,
+        Tensor.bool, lambda it: it[1:], lambda it: it[None],
+    ],
+    ("awq", "qzeros"): [Tensor.float, lambda it: it[:, 1:]],
+    ("awq", "scales"): [Tensor.bool, lambda it: it[:, :0]],
+    ("compressed-tensors 4 bits", "weight_packed"): [Tensor.float, lambda it: it[:, 1:]],
+    ("compressed-tensors 4 bits", "weight_scale"): [
+        Tensor.int, lambda it: it[:1], lambda it: it.flatten()[:3], lambda it: it[:, :0],
+    ],
+    ("compressed-tensors with zero points", "weight_zero_point"): [
+        Tensor.float, lambda it: it[:1],
+    ],
+    ("compressed-tensors in another order", "weight_g_idx"): [lambda it: it + 99, Tensor.float],
+    ("compressed-tensors int8", "weight"): [lambda it: it.view(torch.uint8)],
+    ("compressed-tensors float8", "weight_scale"): [Tensor.int, lambda it: it.flatten()[:3]],
+    ("fp8 in blocks", "weight_scale_inv"): [
+        Tensor.int, lambda it: it.flatten()[:0], lambda it: it[None], lambda it: it * float("inf"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "at"),
+    [(*key, at) for key, ways in SPOILT.items() for at in range(len(ways))],
+)
+def test_a_part_of_a_weight_that_makes_no_sense(
+    name: str, suffix: str, at: int, stored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = spoilt(stored(name), tmp_path / "model", suffix, SPOILT[name, suffix][at])
+    said = refusal(folder)
+    assert said.startswith("model") or "NaN" in said
+    assert refusal(folder, "int8")
+
+
+def test_groups_are_as_large_as_the_scales_say(
+    stored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A config that says otherwise changes nothing; scales that do not divide are refused."""
+    expected = logits_of(stored("gptq 4 bits"))
+    shutil.copytree(stored("gptq 4 bits"), tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    for size in (7, -1, 0, 10**12, NAN, "x", [32], True):
+        change_config(tmp_path / "model", quantization_config=said | {"group_size": size})
+        assert torch.equal(logits_of(tmp_path / "model"), expected)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for suffix in ("scales", "qzeros"):
+        key = f"model.layers.0.mlp.down_proj.{suffix}"
+        tensors[key] = torch.cat([tensors[key]] * 2)[:5]  # 96 inputs in 5 groups
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    assert "down_proj.scales of shape [5, 64]" in refusal(tmp_path / "model")
+
+
+def test_an_order_of_inputs_that_was_not_filled_in_is_none(
+    stored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """compressed-tensors writes -1 for all of them where nothing was reordered."""
+    expected = logits_of(stored("compressed-tensors 4 bits"))
+    folder = shutil.copytree(stored("compressed-tensors 4 bits"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for key in [it for it in tensors if it.endswith("weight_packed")]:
+        in_features = tensors[key].shape[1] * 8
+        tensors[key.replace("packed", "g_idx")] = torch.full((in_features,), -1)
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits_of(folder), expected)

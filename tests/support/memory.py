@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,22 @@ def measured(script: str, *args: object) -> list[int]:
         timeout=120,
     )
     return [int(word) for word in result.stdout.split()]
+
+
+@contextmanager
+def growth_limit(most_bytes: int) -> Iterator[None]:
+    """Fail where this process takes more memory within the block than it had, for a moment even."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        yield
+        return
+    reset.write_text("5")  # the highest that was seen is what there is now
+    before = _kilobytes(status, "VmRSS")
+    yield
+    growth = (_kilobytes(status, "VmHWM") - before) * 1024
+    assert growth < most_bytes, f"{growth} bytes were taken"
+
+
+def _kilobytes(status: Path, name: str) -> int:
+    line = next(it for it in status.read_text().splitlines() if it.startswith(f"{name}:"))
+    return int(line.split()[1])
