@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,7 +85,6 @@ class SpawnedWorkers:
         self._on_progress = on_progress or (lambda _: None)
         self._workers: list[WorkerProcess] = []
         self._num_ready = 0
-        self._no_settings: Path | None = None  # an empty comboio.toml, for the workers
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -99,9 +97,6 @@ class SpawnedWorkers:
         return tuple(worker.process.pid for worker in self._workers)
 
     async def __aenter__(self) -> SpawnedWorkers:
-        handle, path = tempfile.mkstemp(prefix="comboio-", suffix=".toml")
-        os.close(handle)
-        self._no_settings = Path(path)
         try:
             for index in range(self._config.count):
                 self._workers.append(await self._start(index))
@@ -151,7 +146,7 @@ class SpawnedWorkers:
         return await WorkerProcess.start(
             f"spawned worker {index}",
             words_of(self._config, index, port),
-            environment(os.environ, settings_file=str(self._no_settings)),
+            environment(os.environ),
             on_loading=lambda loading, percent: self._report(index, loading, percent),
         )
 
@@ -175,8 +170,6 @@ class SpawnedWorkers:
             await asyncio.gather(*waits, return_exceptions=True)
 
     async def _end(self) -> None:
-        if self._no_settings is not None:
-            self._no_settings.unlink(missing_ok=True)
         for watching in self._watching:
             watching.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
@@ -205,11 +198,11 @@ def words_of(config: SpawnConfig, index: int, port: int = 0) -> list[str]:
     return words
 
 
-def environment(environ: Mapping[str, str], settings_file: str) -> dict[str, str]:
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The manager's own environment, without what sets up workers that people start."""
     kept = {
         key: value
         for key, value in environ.items()
         if not key.startswith("COMBOIO_") or key in OF_THE_MACHINE
     }
-    return with_this_installation(kept) | {"COMBOIO_CONFIG": settings_file}
+    return with_this_installation(kept) | {"COMBOIO_CONFIG": os.devnull}

@@ -25,6 +25,7 @@ The file has one table a program, and may spell keys with `_` or `-`:
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -65,12 +66,16 @@ class SettingsFile:
 def settings_file(environ: Mapping[str, str]) -> Path | None:
     """The file to read: what `COMBOIO_CONFIG` names, else ./comboio.toml, else None.
 
+    The null device is a file that says nothing: with it, no ./comboio.toml is read either.
+
     Raises:
         UsageError: `COMBOIO_CONFIG` names a file that is not there.
     """
     named = environ.get(FILE_VARIABLE, "")
     if not named:
         return Path(FILE_NAME) if Path(FILE_NAME).is_file() else None
+    if named == os.devnull:
+        return None
     if not Path(named).is_file():
         raise UsageError(f"{FILE_VARIABLE} names {named!r}, and there is no such file.")
     return Path(named)

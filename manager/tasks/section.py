@@ -118,11 +118,8 @@ class Section:
         return [*words, "--threads", str(self._job.threads or threads(self._task))]
 
     def _environment(self) -> dict[str, str]:
-        # A file that is there and says nothing: a comboio.toml where the job was submitted is for
-        # workers that people start.
-        settings = self._rendezvous.folder / "no-settings.toml"
-        settings.touch()
-        found = environment(os.environ, settings_file=str(settings))
+        # A comboio.toml where the job was submitted is for workers that people start.
+        found = environment(os.environ)
         gpu = own_gpu(self._task, os.environ)
         if gpu is None:
             return found

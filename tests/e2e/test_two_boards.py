@@ -13,7 +13,9 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +197,38 @@ def test_an_open_port_without_a_secret_is_refused_with_the_way_out(boards, block
     assert "Traceback" not in answer.stderr
 
 
+def test_with_the_readmes_certificates_nothing_travels_in_the_clear(boards, blocks):
+    """No secret is there, and the text that the boards exchange is not to be seen on the cable."""
+    first, second = boards
+    for board in boards:
+        (board.folder / "comboio.secret").unlink(missing_ok=True)
+    made = first.run(blocks["board 1 encrypted", "once"])
+    assert made.returncode == 0, made.stderr
+    own = {it.name for it in second.folder.iterdir() if it.suffix in (".pem", ".key")}
+    assert own == {"ca.pem", "192.168.1.22.pem", "192.168.1.22.key"}  # no key of the authority's
+    assert stat.S_IMODE((second.folder / "192.168.1.22.key").stat().st_mode) == 0o600
+    (first.folder / "comboio.toml").write_text(blocks["board 1 encrypted", "settings"])
+    shown_command, generate = blocks["board 1 encrypted", "manager"].splitlines()
+    with ExitStack() as stack:
+        stack.callback((first.folder / "comboio.toml").unlink)
+        for board in boards:
+            command = blocks[f"{board.name} encrypted", "worker"]
+            first_line(stack.enter_context(worker(board, command)), board)
+        seen = stack.enter_context(listening(second))
+        shown, across = first.run(shown_command), first.run(generate)
+        cable = seen()
+        without = second.run("manager workers --workers 192.168.1.21:7710")
+    alone = first.run('manager generate --spawn 1 "Return a list of"')
+    for done in (shown, across, alone):
+        assert done.returncode == 0, done.stderr
+    assert all(f"{board.address}:7710" in shown.stdout for board in boards)
+    assert across.stdout == alone.stdout
+    assert cable.count(b"\x17\x03\x03") > 5  # records of TLS
+    assert b"CMBO" not in cable  # with which a frame of ours begins
+    assert without.returncode in (1, 2)
+    assert "--tls-cert" in without.stderr and "Traceback" not in without.stderr
+
+
 def test_the_readmes_commands_for_one_machine_work_with_default_addresses(boards, blocks):
     board = boards[1]  # a loopback of its own, where nothing else listens
     with ExitStack() as stack:
@@ -214,6 +248,46 @@ def test_the_readmes_commands_for_one_machine_work_with_default_addresses(boards
     assert "127.0.0.1:7711" in shown.stdout
     assert generated.stdout.strip()
     assert program.stdout.strip() == generated.stdout.strip()
+
+
+@contextmanager
+def listening(board: Board) -> Iterator[Callable[[], bytes]]:
+    """What reaches a board through its cable, from now on until it is asked for."""
+    script = (
+        "import select, socket, sys\n"
+        "cable = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))\n"
+        "cable.bind(('eth0', 0))\n"
+        "print('listening', flush=True)\n"
+        "while True:\n"
+        "    ready, _, _ = select.select([cable, sys.stdin], [], [])\n"
+        "    if sys.stdin in ready:\n"
+        "        break\n"
+        "    sys.stdout.buffer.write(cable.recv(65536))\n"
+        "sys.stdout.buffer.flush()\n"
+    )
+    with (
+        tempfile.TemporaryFile() as heard,
+        subprocess.Popen(
+            ["ip", "netns", "exec", board.namespace, sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=heard,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        while not os.fstat(heard.fileno()).st_size:
+            assert process.poll() is None
+            time.sleep(0.01)  # a file tells nobody that it grew
+
+        def seen() -> bytes:
+            process.stdin.close()
+            assert process.wait(30) == 0
+            heard.seek(0)
+            return heard.read()
+
+        try:
+            yield seen
+        finally:
+            process.kill()
 
 
 # --- boards, links and processes ------------------------------------------------------------

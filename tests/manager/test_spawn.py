@@ -16,6 +16,7 @@ from manager.options import ConnectionConfig
 from manager.output import Notices
 from manager.spawn import SpawnConfig, SpawnedWorkers, environment
 from proto.errors import Error, UsageError
+from proto.settings import settings_file
 from tests.support.chains import save_tiny_with_tokenizer
 from tests.support.processes import ROOT, clean_environment
 
@@ -27,9 +28,9 @@ def test_a_number_of_workers_that_makes_no_sense_is_refused(count):
 
 
 def test_settings_for_workers_that_people_start_are_kept_from_spawned_ones():
-    made = environment({"COMBOIO_LISTEN": "0.0.0.0:1", "HOME": "/h"}, settings_file="/none")
+    made = environment({"COMBOIO_LISTEN": "0.0.0.0:1", "HOME": "/h"})
     assert "COMBOIO_LISTEN" not in made
-    assert made["COMBOIO_CONFIG"] == "/none"
+    assert settings_file(made) is None
     assert made["HOME"] == "/h"
 
 
@@ -92,7 +93,7 @@ async def test_a_deadline_ends_them_all():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does this")
-def test_they_do_not_outlive_a_manager_that_is_killed():
+def test_they_do_not_outlive_a_manager_that_is_killed(tmp_path):
     script = (
         "import asyncio\nfrom manager.spawn import SpawnConfig, SpawnedWorkers\n"
         "async def main():\n"
@@ -107,9 +108,10 @@ def test_they_do_not_outlive_a_manager_that_is_killed():
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=clean_environment(),
+        env=clean_environment({"TMPDIR": str(tmp_path)}),
     ) as manager:
         assert manager.stdout is not None
         worker = psutil.Process(int(manager.stdout.readline()))
         manager.send_signal(signal.SIGKILL)
     worker.wait(120)
+    assert list(tmp_path.iterdir()) == []  # nor any file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_the_file_lies_here_or_where_the_variable_says(
         settings_file({"COMBOIO_CONFIG": str(other)})
     other.write_text("[manager]\n")
     assert settings_file({"COMBOIO_CONFIG": str(other)}) == other
+    assert settings_file({"COMBOIO_CONFIG": os.devnull}) is None  # and none from here either
 
 
 @pytest.mark.parametrize(
