@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ from proto.messages import (
     WorkerFacts,
 )
 from proto.session import LISTENER, OPENER, Session
+from proto.tls import TlsFiles, read_tls
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +71,13 @@ class NoStage:
     start_layer, end_layer, num_layers, is_last = 1, 2, 3, False
     vocab_size, max_context, block_tokens, block_bytes = 32000, 4096, 16, 4096
     stage_bytes = read_bytes = 0
+    quantize = "none"
 
     def __init__(self, hidden_size: int) -> None:
+        from engine.quantize import PackedParts
+
         self.hidden_size = hidden_size
+        self.packed = PackedParts(None)
 
     def new_cache(self, num_blocks: int) -> object:
         return object()
@@ -80,7 +86,10 @@ class NoStage:
         return hidden
 
 
-def serve_worker(hidden_size: int) -> None:
+def serve_worker(hidden_size: int, *tls: str) -> None:
+    """`tls`: its certificate, key and authority, where links are to be encrypted."""
+    from proto.keys import read_keys
+    from proto.tls import tls_files
     from worker import server
     from worker.config import WorkerConfig, parse_listen
 
@@ -91,7 +100,11 @@ def serve_worker(hidden_size: int) -> None:
         return NoStage(hidden_size)
 
     config = WorkerConfig(
-        listen=parse_listen("127.0.0.1:0"), layers=(1, 2), sections=None, index=None
+        listen=parse_listen("127.0.0.1:0"),
+        layers=(1, 2),
+        sections=None,
+        index=None,
+        keys=read_keys(None, tls_files(*map(Path, tls)) if tls else None),
     )
     server.run(config, load)
 
@@ -155,12 +168,24 @@ class Peer:
             self.sock.sendall(buffer)
 
 
-def measure_worker(hidden_size: int, num_steps: int) -> tuple[list[float], int, int]:
-    """Round trips in microseconds, and the bytes of a step on its way in and out."""
-    with child("worker", str(hidden_size)) as address, socket.create_server(("127.0.0.1", 0)) as us:
+def measure_worker(
+    hidden_size: int, num_steps: int, files: TlsFiles | None = None
+) -> tuple[list[float], int, int]:
+    """Round trips in microseconds, and the bytes of a step on its way in and out.
+
+    Args:
+        files: with these all links are encrypted, and both ends show the certificate.
+    """
+    words = () if files is None else (str(files.cert), str(files.key), str(files.ca))
+    tls = None if files is None else read_tls(files)
+    with (
+        child("worker", str(hidden_size), *words) as address,
+        socket.create_server(("127.0.0.1", 0)) as us,
+    ):
         host, port = address.rsplit(":", 1)
+        called = socket.create_connection((host, int(port)))
         manager = Peer(
-            socket.create_connection((host, int(port))),
+            called if tls is None else tls.opener.wrap_socket(called, server_hostname=host),
             Session(OPENER, hello=Hello(version=PROTOCOL_VERSION, role=Role.MANAGER, agent="hop")),
         )
         welcome = manager.wait_for(Welcome)
@@ -168,7 +193,11 @@ def measure_worker(hidden_size: int, num_steps: int) -> tuple[list[float], int, 
         manager.send(Lease(lease=LEASE, min_blocks=1, want_blocks=4))
         manager.wait_for(Leased)
         manager.send(Route(lease=LEASE, next=f"127.0.0.1:{us.getsockname()[1]}"))
-        following = Peer(us.accept()[0], Session(LISTENER))
+        caller = us.accept()[0]
+        following = Peer(
+            caller if tls is None else tls.listener.wrap_socket(caller, server_side=True),
+            Session(LISTENER),
+        )
         following.wait_for(Hello)
         following.send(welcome_after(welcome.worker), epoch=0)
         manager.wait_for(Routed)
@@ -195,7 +224,7 @@ def keep_alive(peer: Peer) -> None:
     peer.sock.setblocking(False)
     try:
         num_bytes = peer.sock.recv_into(peer._space)
-    except BlockingIOError:
+    except (BlockingIOError, ssl.SSLWantReadError):
         return
     finally:
         peer.sock.settimeout(30)
@@ -271,7 +300,7 @@ def main() -> None:
     if args.child:
         role, *numbers = args.child
         if role == "worker":
-            serve_worker(int(numbers[0]))
+            serve_worker(int(numbers[0]), *numbers[1:])
         else:
             serve_echo(int(numbers[0]), int(numbers[1]))
         return
