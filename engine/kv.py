@@ -6,6 +6,8 @@ Knows tensors and block ids only. Which sequence owns which block is decided in 
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 # Tokens per block. Small enough that a short sequence wastes little and that prefixes are shared
 # finely, large enough that a table of 16k tokens is 1024 entries (4 KiB beside each step).
 BLOCK_TOKENS: Final = 16
+
+# From here on a tensor has pages of its own; what is smaller is written in no time.
+LARGE_BYTES: Final = 2**20
 
 # Where one attention call reads and writes: (global layer index, how many calls came before it
 # within that layer). Almost every architecture calls attention once a layer.
@@ -43,8 +48,8 @@ class SiteShape:
 class BlockCache:
     """Keys and values of every attention call of one stage, for the sequences of one lease.
 
-    Each site holds two tensors of shape (num_blocks * BLOCK_TOKENS, heads, size). They are
-    allocated without being written, so the operating system hands out pages as blocks fill.
+    Each site holds two tensors of shape (num_blocks * BLOCK_TOKENS, heads, size). All is zero at
+    first, as memory may come from a lease of somebody else, whose keys nobody else is to attend to.
     """
 
     def __init__(
@@ -60,8 +65,8 @@ class BlockCache:
         self._values: dict[Site, Tensor] = {}
         for site, shape in shapes.items():
             rows = (num_blocks * BLOCK_TOKENS, shape.num_heads)
-            self._keys[site] = torch.empty(*rows, shape.key_size, dtype=dtype, device=device)
-            self._values[site] = torch.empty(*rows, shape.value_size, dtype=dtype, device=device)
+            self._keys[site] = _zeros((*rows, shape.key_size), dtype, device)
+            self._values[site] = _zeros((*rows, shape.value_size), dtype, device)
 
     def tensors(self, site: Site) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, (slots, heads, size) each, contiguous."""
@@ -78,6 +83,18 @@ class BlockCache:
         if span.rows is None:
             return keys[span.start : span.stop], values[span.start : span.stop]
         return keys.index_select(0, span.rows), values.index_select(0, span.rows)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU these are pages that nobody has written: the system hands them out as blocks fill.
+
+    `torch.zeros` would write all of them at once.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes < LARGE_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

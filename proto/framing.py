@@ -21,6 +21,7 @@ from proto.errors import (
     VersionMismatch,
 )
 from proto.messages import Message
+from proto.room import Room
 
 Buffer = bytes | bytearray | memoryview
 
@@ -155,10 +156,19 @@ class FrameReader:
     """Collects frames from a stream of bytes; after an error it is not used again."""
 
     def __init__(
-        self, limits: Limits = DEFAULT_LIMITS, admit: Callable[[type[Message]], None] | None = None
+        self,
+        limits: Limits = DEFAULT_LIMITS,
+        admit: Callable[[type[Message]], None] | None = None,
+        room: Room | None = None,
     ) -> None:
+        """
+        Args:
+            admit: raises when this message may not come now.
+            room: that this reader shares with others.
+        """
         self.limits = limits
-        self._admit = admit
+        self._admit, self._room = admit, room
+        self._taken_bytes = 0  # of the room
         self._header_space = memoryview(bytearray(HEADER_BYTES))
         self._space = self._header_space  # where the next bytes belong
         self._kind: type[Message] | None = None  # None: the header is being read
@@ -198,6 +208,12 @@ class FrameReader:
     def mid_frame(self) -> bool:
         """Whether a frame has begun and is not complete."""
         return self._kind is not None or len(self._space) < HEADER_BYTES
+
+    def forget(self) -> None:
+        """Nothing more is read: let go of the frame that has begun."""
+        self._space, self._kind = self._header_space, None
+        self._metadata = self._payload = self._header_space[:0]
+        self._give_back()
 
     def receive_eof(self) -> None:
         """The stream ended; raises RemoteProtocolError inside a frame."""
@@ -249,6 +265,8 @@ class FrameReader:
         """One buffer for the body, padded in front so that the payload is aligned."""
         padding = -metadata_bytes % PAYLOAD_ALIGNMENT if payload_bytes else 0
         payload_at = padding + metadata_bytes
+        if self._room is not None:
+            self._taken_bytes = self._room.take(payload_at + payload_bytes)
         body = memoryview(bytearray(payload_at + payload_bytes))
         self._space = body[padding:]
         self._metadata = body[padding:payload_at]
@@ -261,9 +279,13 @@ class FrameReader:
         if self._checksum != self._expected_checksum:
             raise FrameCorrupt(f"the body of {kind.__name__} does not match its checksum")
         message = codec.decode(kind.TAG, self._metadata)
-        self._space, self._kind = self._header_space, None
-        self._metadata = self._payload = self._header_space[:0]  # the frame alone keeps its body
+        self.forget()  # the frame alone keeps its body
         return Frame(message, self._epoch, payload)
+
+    def _give_back(self) -> None:
+        if self._room is not None:
+            self._room.give_back(self._taken_bytes)
+            self._taken_bytes = 0
 
 
 def _check_magic(start: bytes) -> None:

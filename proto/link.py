@@ -17,10 +17,11 @@ from typing import Final
 from proto.address import Address, parse_address
 from proto.auth import NONCE_BYTES
 from proto.errors import Error, UsageError, WorkerUnreachable
-from proto.framing import DEFAULT_LIMITS, Limits
+from proto.framing import DEFAULT_LIMITS, MAX_PAYLOAD_BYTES, Limits
 from proto.link_protocol import Link, os_reason
 from proto.link_settings import DEFAULT_SETTINGS, LISTENER_SETTINGS, LinkSettings
 from proto.messages import PROTOCOL_VERSION, Hello, Role, Welcome
+from proto.room import Room
 from proto.session import LISTENER, OPENER, Session
 from proto.tls import Tls
 from proto.tls_transport import TlsLayer
@@ -32,6 +33,8 @@ __all__ = ["Link", "LinkSettings", "Listener", "connect", "listen"]
 MAX_UNPROVEN: Final = 32
 # Links of one worker: a few managers, their leases' neighbours, people who look at its status.
 MAX_LINKS: Final = 256
+# Of frames that have begun and are not complete, over all links: two of the largest.
+MAX_COMING_BYTES: Final = 2 * MAX_PAYLOAD_BYTES
 
 
 async def connect(
@@ -95,7 +98,7 @@ async def _open_socket(target: Address, link: Link, tls: Tls | None, timeout_s: 
     try:
         async with asyncio.timeout(timeout_s):  # `wait_for` can lose a cancellation
             transport, _ = await opening
-    except (asyncio.TimeoutError, OSError) as exc:
+    except (asyncio.TimeoutError, OSError, ValueError) as exc:
         link.abort("the connection came too late")
         raise WorkerUnreachable(str(target), _why_not(exc, timeout_s)) from exc
     _tune(transport)
@@ -103,7 +106,7 @@ async def _open_socket(target: Address, link: Link, tls: Tls | None, timeout_s: 
 
 
 def _why_not(exc: BaseException, timeout_s: float) -> str:
-    if isinstance(exc, socket.gaierror):
+    if isinstance(exc, (socket.gaierror, ValueError)):  # or it cannot even be asked for
         return "the name cannot be resolved"
     if isinstance(exc, OSError) and exc.errno is not None:
         return os_reason(exc)
@@ -133,6 +136,7 @@ class Listener:
         self._max_unproven, self._max_links = max_unproven, max_links
         self._unproven: set[Link] = set()
         self._links: set[Link] = set()
+        self._room = Room(MAX_COMING_BYTES)
         self._server: asyncio.AbstractServer | None = None
 
     @property
@@ -172,6 +176,7 @@ class Listener:
             secret=self._secret,
             nonce=_nonce(self._secret),
             limits=_limits(self._settings),
+            room=self._room,
         )
         link = Link(session, "", self._settings, door=self)
         return link if self._tls is None else TlsLayer(link, self._tls.listener, None)
@@ -243,7 +248,7 @@ async def listen(
     try:
         sock = await _bind(wanted)
         await listener._serve(sock)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise UsageError(_cannot_listen(address, exc)) from exc
     return listener
 
@@ -267,8 +272,8 @@ async def _bind(wanted: Address) -> socket.socket:
     return sock
 
 
-def _cannot_listen(address: str, exc: OSError) -> str:
-    if isinstance(exc, socket.gaierror):
+def _cannot_listen(address: str, exc: OSError | ValueError) -> str:
+    if isinstance(exc, (socket.gaierror, ValueError)):
         return f"cannot listen on {address}: the name cannot be resolved; pass an IP address"
     if exc.errno == errno.EADDRINUSE:
         return (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from proto.errors import UsageError
-from proto.framing import MAX_PAYLOAD_BYTES, MIB
+from proto.framing import MAX_METADATA_BYTES, MAX_PAYLOAD_BYTES, MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,4 +35,8 @@ class LinkSettings:
 DEFAULT_SETTINGS: Final = LinkSettings()
 # Of a listener: nobody waits for it, and a manager that imports a large library for a moment, or
 # whose terminal was paused, is not gone. One that died closes its socket, which is seen at once.
-LISTENER_SETTINGS: Final = LinkSettings(missed_heartbeats=20)
+# It says nothing with a payload, so a peer that does not read needs little room: some thousand
+# tokens, in answers of which the largest is 1 MiB.
+LISTENER_SETTINGS: Final = LinkSettings(
+    missed_heartbeats=20, max_unsent_bytes=8 * MAX_METADATA_BYTES
+)

@@ -65,6 +65,7 @@ from proto.messages import (
     UseAdapter,
     Welcome,
 )
+from proto.room import Room
 
 
 class Side(Enum):
@@ -151,8 +152,13 @@ class Session:
         secret: bytes | None = None,
         nonce: bytes | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        room: Room | None = None,
     ) -> None:
-        """An opener gives its `hello`; whoever has a `secret` gives a fresh random `nonce`."""
+        """An opener gives its `hello`; whoever has a `secret` gives a fresh random `nonce`.
+
+        Args:
+            room: for what comes, shared with other sessions.
+        """
         assert (side is OPENER) == (hello is not None)
         assert (secret is None) == (nonce is None)
         self.side = side
@@ -168,7 +174,7 @@ class Session:
         self._handshake_bytes = (
             OPENER_HANDSHAKE_BYTES if side is OPENER else LISTENER_HANDSHAKE_BYTES
         )
-        self._reader = FrameReader(Limits(self._handshake_bytes, 0), self._admit)
+        self._reader = FrameReader(Limits(self._handshake_bytes, 0), self._admit, room)
         self._dropped = memoryview(bytearray(DROP_BYTES))
         self._begin()
 
@@ -291,6 +297,7 @@ class Session:
 
     def _close(self) -> None:
         self.state = State.CLOSED
+        self._reader.forget()
         self._may_send = self._may_receive = frozenset()
 
     def _role(self) -> Role:

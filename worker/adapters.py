@@ -176,10 +176,11 @@ class Adapters:
                 self._let_go(held)
 
     async def stop(self, deadline_s: float) -> bool:
-        """Load no more; False if a file is still being read at the deadline."""
+        """Give up what is being loaded; False if a file is still being read at the deadline."""
         for task in tuple(self._adding.values()):
             task.cancel()
-        return self._reading is None or await self._reading.stop(deadline_s)
+        reading, self._reading = self._reading, None
+        return reading is None or await reading.stop(deadline_s)
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Adapters:
             return f"this link is adding an adapter {name} already"
         if self.count + len(self._adding) >= MAX_ADAPTERS:
             return f"{self.count} adapters are held here, no more can be: drop one first"
-        if not Path(asked.path).expanduser().is_absolute():
+        if not _is_absolute(asked.path):
             return f"the adapter's folder {asked.path} is not an absolute path"
         return None
 
@@ -301,6 +302,14 @@ def shown_path(path: str) -> str:
     """As tables show it: whole, unless it is longer than the wire takes."""
     whole = str(Path(path).expanduser().resolve())
     return whole if len(whole) <= MAX_ADAPTER_PATH_CHARS else whole[-MAX_ADAPTER_PATH_CHARS:]
+
+
+def _is_absolute(path: str) -> bool:
+    """Also of the home folder of a user; there may be no such user."""
+    try:
+        return Path(path).expanduser().is_absolute()
+    except RuntimeError:
+        return False
 
 
 def _read(path: str, stage: Stage) -> tuple[AdapterFiles, Adapter]:

@@ -11,7 +11,7 @@ import enum
 import logging
 from collections.abc import Awaitable, Callable
 
-from proto.errors import Error, PeerLost
+from proto.errors import Error, LocalProtocolError, PeerLost
 from proto.framing import Buffer
 from proto.link import Link
 from proto.messages import Message, WorkerFacts
@@ -65,6 +65,8 @@ class NextLink:
                 self._link.send(message, *payload, epoch=epoch)
             except PeerLost:
                 pass  # on_closed says so
+            except LocalProtocolError as exc:
+                self._link.fail(exc)  # and so it does here
 
     def close(self, reason: str) -> None:
         """Leave it on purpose; no callback comes any more."""

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final, Generic, Protocol, TypeVar
 
+from proto.errors import Error
+
 Result = TypeVar("Result")
 
 # A well-behaved manager has at most one step per stage and one more in flight, and a model of 126
@@ -62,10 +64,14 @@ class Compute:
         return True
 
     async def call(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on the thread and return, or raise, what it did."""
+        """Run `function` on the thread and return, or raise, what it did.
+
+        Raises:
+            Error: the queue is full, or the thread is to stop.
+        """
         future: asyncio.Future[Result] = self._loop.create_future()
         if not self.submit(_Call(function, future)):
-            raise RuntimeError("torch's thread takes no more work")
+            raise Error("this worker has too much to do, or is leaving: ask it again later")
         return await future
 
     async def stop(self, deadline_s: float) -> bool:

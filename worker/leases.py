@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from proto.errors import WorkerRefused
 
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from worker.adapters import HeldAdapter
     from worker.chain import NextLink
     from worker.steps import StepComputer
+
+
+# Each may have a link to the next worker, beside as many that others opened to this one
+# (`proto.link.MAX_LINKS`): together they stay below the 1024 files that a process usually may open.
+MAX_LEASES: Final = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +88,10 @@ class Leases:
         if not 1 <= min_blocks <= want_blocks:
             raise WorkerRefused(
                 f"a lease needs 1 <= min_blocks <= want_blocks, not {min_blocks} and {want_blocks}"
+            )
+        if len(self._open) >= MAX_LEASES:
+            raise WorkerRefused(
+                f"{MAX_LEASES} leases are open on this worker, no more can be: wait for one to end"
             )
         if self.free_blocks < min_blocks:
             raise WorkerRefused(self._shortage(min_blocks))

@@ -51,7 +51,11 @@ class _Text(logging.Formatter):
         for key, value in _fields(record).items():
             text = str(value)
             is_plain = text and not any(c.isspace() or c in '"=' for c in text)
-            line += f" {key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
+            # A peer's words may be in it, and the line on a terminal.
+            is_safe = text.isprintable()
+            if not is_plain or not is_safe:
+                text = json.dumps(text, ensure_ascii=not is_safe)
+            line += f" {key}={text}"
         if record.exc_info and record.levelno <= logging.DEBUG:
             line += "\n" + self.formatException(record.exc_info)
         return line

@@ -18,7 +18,7 @@ from proto.messages import HoldSection, WorkerFacts
 from worker.adapters import Adapters
 from worker.compute import Compute
 from worker.config import WorkerConfig
-from worker.loading import Loading
+from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
 from worker.memory import room_for_weights
 
@@ -101,8 +101,8 @@ class Resections:
         stage = held.stage
         try:
             needed_bytes = await self._compute.call(partial(_needed, self._config, stage, layers))
-        except Error as exc:
-            raise StillHeld(held, str(exc)) from exc
+        except Exception as exc:  # foreign code reads the config
+            raise StillHeld(held, in_words(exc)) from exc
         room_bytes = self.room_bytes(stage)
         if needed_bytes > room_bytes:
             raise StillHeld(
@@ -116,14 +116,19 @@ class Resections:
             extra=fields(layers=f"{layers[0]}:{layers[1]}", bytes=needed_bytes, beside=fits_beside),
         )
         if not fits_beside:
-            await self._compute.call(stage.unload)
+            try:
+                await self._compute.call(stage.unload)
+            except Error as exc:  # too much to do
+                raise StillHeld(held, str(exc)) from exc
         try:
             return await self._load(layers, loading)
-        except Error as exc:
+        except LoadingAborted:  # the worker is being stopped
+            raise
+        except Exception as exc:  # foreign code builds the model
             if fits_beside:
-                raise StillHeld(held, str(exc)) from exc
+                raise StillHeld(held, in_words(exc)) from exc
             again = await self._load((stage.start_layer, stage.end_layer), Loading())
-            raise StillHeld(again, str(exc)) from exc
+            raise StillHeld(again, in_words(exc)) from exc
 
 
 class StillHeld(Error):
@@ -132,6 +137,14 @@ class StillHeld(Error):
     def __init__(self, held: Held, reason: str) -> None:
         self.held = held
         super().__init__(reason.rstrip("."))
+
+
+def in_words(error: Exception) -> str:
+    """Why layers could not be loaded, in one sentence."""
+    if isinstance(error, Error):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"the layers could not be loaded: {type(error).__name__}: {text}"
 
 
 def _needed(config: WorkerConfig, stage: Stage, layers: tuple[int, int]) -> int:

@@ -50,9 +50,9 @@ from worker.answers import answer
 from worker.chain import NextLink
 from worker.compute import Compute
 from worker.leases import Leases, OpenLease
-from worker.loading import Loading
+from worker.loading import Loading, LoadingAborted
 from worker.logs import fields
-from worker.resection import Held, Resections, StillHeld
+from worker.resection import Held, Resections, StillHeld, in_words
 from worker.status import Counters, make_status
 from worker.steps import StepComputer
 from worker.traffic import Traffic
@@ -399,9 +399,12 @@ class Service:
         except StillHeld as exc:
             self._hold(exc.held)
             self._refuse_section(link, str(exc))
-        except Error as exc:
-            self._refuse_section(link, str(exc))
-            self._on_nothing_held(exc)
+        except LoadingAborted:
+            self._refuse_section(link, "it is being stopped")
+        except Exception as exc:  # foreign code loads them
+            error = exc if isinstance(exc, Error) else Error(in_words(exc))
+            self._refuse_section(link, str(error))
+            self._on_nothing_held(error)
         else:
             self._hold(held)
             log.info(

@@ -6,10 +6,12 @@ more is dropped here and counted. What is computed is `worker.steps`'.
 
 from __future__ import annotations
 
+from typing import Final
+
 from msgspec.structs import replace
 
 from proto.errors import RemoteProtocolError
-from proto.framing import Frame
+from proto.framing import MAX_PAYLOAD_BYTES, Frame
 from proto.link import Link
 from proto.messages import Step, StepDone, WorkerFacts
 from worker.answers import answer
@@ -18,6 +20,10 @@ from worker.compute import Compute
 from worker.leases import OpenLease
 from worker.passage import Passage
 from worker.status import Counters
+
+# Of steps that wait for torch. A manager's steps of 512 tokens are 16 MiB in the widest models,
+# and it has as many on their way as there are stages, and one more.
+MAX_WAITING_BYTES: Final = 2 * MAX_PAYLOAD_BYTES
 
 
 class Traffic:
@@ -28,6 +34,7 @@ class Traffic:
         self._compute = compute
         self._counters = counters
         self._is_stopping = False
+        self._waiting_bytes = 0
 
     def stop(self) -> None:
         """Take no more steps; what torch computes now is still handed on."""
@@ -54,17 +61,28 @@ class Traffic:
             lease.num_dropped += 1
             return
         passage = Passage(
-            frame, step, lease=lease, computer=computer, source=source, hand_on=self._hand_on
+            frame, step, lease=lease, computer=computer, source=source, hand_on=self._computed
         )
+        num_bytes = frame.payload.nbytes
         if passage.num_tokens > self._facts.max_step_tokens:
             passage.fault(
                 f"a step of {passage.num_tokens} tokens is more than the "
                 f"{self._facts.max_step_tokens} that this worker takes"
             )
-            passage.finish()
-        elif not self._compute.submit(passage):
+            self._hand_on(passage)
+        elif not self._has_room(num_bytes) or not self._compute.submit(passage):
             passage.fault("too many steps wait on this worker")
-            passage.finish()
+            self._hand_on(passage)
+        else:
+            self._waiting_bytes += num_bytes
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether so many more bytes may wait; one step always may."""
+        return not self._waiting_bytes or self._waiting_bytes + num_bytes <= MAX_WAITING_BYTES
+
+    def _computed(self, passage: Passage) -> None:
+        self._waiting_bytes -= passage.frame.payload.nbytes
+        self._hand_on(passage)
 
     def _hand_on(self, passage: Passage) -> None:
         """The outcome is here: to the next worker, or as tokens to the manager."""

@@ -143,7 +143,13 @@ def main() -> None:
     while time.monotonic() < end_s:
         more = fuzz(asked.first + told["cases"], 10_000)
         told = {name: told[name] + more[name] for name in told}
-    print(", ".join(f"{number} {name}" for name, number in told.items()))
+        if told["cases"] % 1_000_000 < 10_000:
+            _tell(told)
+    _tell(told)
+
+
+def _tell(told: dict[str, int]) -> None:
+    print(", ".join(f"{number} {name}" for name, number in told.items()), flush=True)
 
 
 if __name__ == "__main__":
