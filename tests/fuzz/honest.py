@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from proto.link import Link
+from proto.link import Link, LinkSettings
 from proto.messages import (
     AdapterDone,
     Lease,
@@ -32,6 +32,8 @@ SAMPLINGS = {
     2: Sampling(temperature=1.3, top_k=40, seed=11),
     3: Sampling(temperature=0.9, top_p=0.95, seed=3, repetition_penalty=1.1),
 }
+# The machine may have much else to do.
+PATIENT = LinkSettings(missed_heartbeats=200)
 ADAPTED = 3  # this sequence has an adapter
 
 
@@ -48,7 +50,10 @@ class Honest:
     async def open(
         cls, addresses: Sequence[str], model: Any, secret: bytes, adapter: str | None
     ) -> Honest:
-        links = [await open_link(address, Role.MANAGER, secret=secret) for address in addresses]
+        links = [
+            await open_link(address, Role.MANAGER, secret=secret, settings=PATIENT)
+            for address in addresses
+        ]
         honest = cls(links, model, has_adapter=adapter is not None)
         for link in links:
             link.send(Lease(lease=honest.lease, min_blocks=BLOCKS, want_blocks=BLOCKS))

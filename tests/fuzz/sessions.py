@@ -47,8 +47,8 @@ from tests.support.wire import open_link, told
 SECRET = b"a secret of more than sixteen bytes"
 AT_ONCE = 8
 # A sound message is answered at once; what was damaged perhaps never.
-ANSWER_S, PATIENCE_S = 30.0, 0.2
-HONEST_S = 60.0
+ANSWER_S, PATIENCE_S = 60.0, 0.2
+HONEST_S = 120.0
 # What the workers may have grown by when all is over. Frames and steps on their way are bounded
 # by far more, but nothing here sends that much.
 GROWTH_BYTES = 192 * 2**20
