@@ -385,7 +385,8 @@ def _odd_run(dice: random.Random, world: World, acts: list[Act]) -> None:
         return
     act = acts[at]
     assert isinstance(act, Say) and isinstance(act.message, Step)
-    runs = list(act.message.runs)
+    said = act.message.runs
+    runs = list(said) if isinstance(said, list) else []
     if not runs or not all(isinstance(run, Run) for run in runs):
         return
     way, place = dice.randrange(6), dice.randrange(len(runs))

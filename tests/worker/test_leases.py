@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis.strategies import integers, lists, tuples
 
 from proto.errors import WorkerRefused
-from worker.leases import Leases, OpenLease
+from worker.leases import MAX_LEASES, Leases, OpenLease
 
 
 class Manager:
@@ -58,6 +58,15 @@ def test_a_shortage_is_told_with_the_numbers() -> None:
         "3 KV blocks (48 tokens) are needed, 2 of 10 are free and 8 belong to 1 other leases: "
         "wait for them, ask for fewer tokens, or start the worker with a larger --kv-memory"
     )
+
+
+def test_there_is_a_limit_to_how_many_leases_are_open() -> None:
+    leases = Leases(10 * MAX_LEASES, block_tokens=16)
+    held = [grant(leases, 1, 1) for _ in range(MAX_LEASES)]
+    with pytest.raises(WorkerRefused, match=f"{MAX_LEASES} leases are open on this worker"):
+        grant(leases, 1, 1)
+    leases.close(held[0])
+    grant(leases, 1, 1)
 
 
 @pytest.mark.parametrize(("minimum", "wanted"), [(0, 1), (3, 2)])

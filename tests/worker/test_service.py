@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from proto.errors import PeerLost, WorkerRefused
 from proto.messages import (
+    MAX_STAGES,
     Goodbye,
     Lease,
     Leased,
@@ -33,7 +35,7 @@ from proto.messages import (
     StepReport,
 )
 from tests.support.processes import ROOT, WorkerProcess, clean_environment
-from tests.support.wire import DEADLINE_S, Chain, Part, closed, open_link, take_lease, told
+from tests.support.wire import DEADLINE_S, Chain, Part, closed, open_link, pack, take_lease, told
 
 Make = Callable[..., Part]
 
@@ -269,6 +271,33 @@ async def test_a_next_worker_that_is_not_there_is_named(first: WorkerProcess) ->
     assert isinstance(frame.message, LinkLost)
     assert (frame.epoch, frame.message.next) == (3, address)
     assert address in frame.message.reason
+
+
+@pytest.mark.parametrize("address", ["..:7710", "a\0b:7710", "x" * 64 + ":7710", "\x1b[2J", "x"])
+async def test_an_address_that_is_none_is_told_and_the_lease_can_be_routed_anew(
+    first: WorkerProcess, last: WorkerProcess, address: str, part: Make
+) -> None:
+    chain = await Chain.open([first.address, last.address])
+    chain.links[0].send(Route(lease=chain.lease, next=address), epoch=2)
+    assert (await told(chain.links[0], LinkLost)).next == address
+    chain.epoch = 3
+    await chain.route([first.address, last.address])
+    assert (await chain.step(part(1, [1, 2, 3]))).drawn
+    await chain.close()
+
+
+async def test_a_step_that_cannot_be_handed_on_ends_the_link_to_the_next_and_nothing_else(
+    first: WorkerProcess, last: WorkerProcess, part: Make
+) -> None:
+    chain = await Chain.open([first.address, last.address])
+    step, tables, hidden = pack(chain.lease, 1, [part(1, [1, 2])])
+    overlong = replace(step, compute_s=[0.0] * MAX_STAGES)  # and one more, of the first worker
+    chain.links[0].send(overlong, tables, hidden, epoch=chain.epoch)
+    assert "compute_s" in (await told(chain.links[0], LinkLost)).reason
+    chain.epoch = 2
+    await chain.route([first.address, last.address])
+    assert (await chain.step(part(1, [1, 2, 3]))).drawn
+    await chain.close()
 
 
 async def test_a_next_worker_that_does_not_follow_is_refused(first: WorkerProcess) -> None:

@@ -20,11 +20,14 @@ from proto.messages import (
     AdaptersRequest,
     AddAdapter,
     DropAdapter,
+    HoldSection,
     KeepAdapter,
     Message,
     ReleaseAdapter,
     Role,
     Sampling,
+    SectionLoading,
+    SectionRefused,
     Status,
     StatusRequest,
     UseAdapter,
@@ -289,6 +292,7 @@ def test_two_who_add_the_same_name_do_not_get_in_each_other_s_way(pair, folders)
     [
         (AddAdapter(name="one", path="/x"), "an adapter one is here already"),
         (AddAdapter(name="mine", path="x/y"), "x/y is not an absolute path"),
+        (AddAdapter(name="mine", path="~no-such-user/x"), "is not an absolute path"),
         (AddAdapter(name="mine", path="/nowhere"), "the adapter /nowhere is not there"),
         (AddAdapter(name="mine", path="/dev/null"), "/dev/null is no folder"),
         (AddAdapter(name="mine", path="/\0"), "characters that no path should have"),
@@ -320,6 +324,30 @@ def test_a_second_add_while_the_first_is_loading_is_refused(pair, folders):
         first, second = await told(link, AdapterRefused), await told(link, AdapterDone)
         assert "is adding an adapter two already" in first.reason
         assert second.adapter.name == "two"
+        await link.close()
+
+    in_loop(check())
+
+
+def test_adapters_can_be_added_after_a_change_of_layers_was_refused(pair, folders, checkpoint):
+    async def check() -> None:
+        link = await open_link(pair[0].address)
+        assert link.welcome is not None
+        facts = link.welcome.worker
+        for name in ("two", "again"):  # files are read before, too
+            assert isinstance(
+                await asked(link, AddAdapter(name=name, path=str(folders["two"]))), AdapterDone
+            )
+            config = checkpoint / "config.json"
+            away = config.rename(checkpoint / "config.away")
+            try:
+                link.send(HoldSection(fingerprint=facts.fingerprint, start_layer=0, end_layer=3))
+                said = (await link.receive(60)).message
+                while isinstance(said, SectionLoading):
+                    said = (await link.receive(60)).message
+            finally:
+                away.rename(config)
+            assert isinstance(said, SectionRefused)
         await link.close()
 
     in_loop(check())

@@ -27,6 +27,13 @@ def test_a_line_is_one_event_then_its_keys() -> None:
     assert line.endswith(' info lease opened lease=1f0c blocks=64 reason="it said: no"')
 
 
+def test_a_peer_s_words_in_a_line_cannot_play_with_the_terminal() -> None:
+    logs.set_up("info", "text")
+    (handler,) = logging.getLogger(logs.ROOT).handlers
+    line = handler.format(record(agent="\x1b[2J\x9b2J", reason="a\nb", name="São"))
+    assert line.endswith(r' agent="\u001b[2J\u009b2J" reason="a\nb" name=São')
+
+
 def test_a_json_line_has_the_same_keys() -> None:
     logs.set_up("info", "json")
     (handler,) = logging.getLogger(logs.ROOT).handlers

@@ -1,0 +1,91 @@
+"""Steps that wait for torch: how much may, and what becomes of one too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.stage import load_stage
+from proto.framing import Frame
+from proto.messages import Message, StepDone
+from tests.support.wire import Part, pack
+from worker import traffic
+from worker.compute import Work
+from worker.leases import OpenLease
+from worker.status import Counters
+from worker.steps import StepComputer
+from worker.traffic import Traffic
+
+
+class Manager:
+    """A link that keeps what is said on it."""
+
+    is_open = True
+
+    def __init__(self) -> None:
+        self.said: list[Message] = []
+
+    def send(self, message: Message, epoch: int) -> None:
+        self.said.append(message)
+
+
+class Facts:
+    max_step_tokens = 100
+
+
+class Queue:
+    """Torch's thread that computes when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Work] = []
+
+    def submit(self, work: Work) -> bool:
+        self.waiting.append(work)
+        return True
+
+    def work_off(self) -> None:
+        while self.waiting:
+            work = self.waiting.pop(0)
+            work.compute()
+            work.finish()
+
+
+@pytest.fixture
+def lease(checkpoint: Path) -> OpenLease:
+    stage = load_stage(str(checkpoint), layers=(3, 4), device="cpu")
+    computer = StepComputer(stage, stage.new_cache(4), 4, "board:7710")
+    manager: Any = Manager()
+    made = OpenLease(id=bytes(16), num_blocks=4, manager=manager, is_traced=False, epoch=1)
+    made.computer, made.is_last = computer, True
+    return made
+
+
+def test_steps_that_wait_are_bounded_by_their_bytes_and_one_too_many_is_a_fault(
+    lease: OpenLease, part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager: Any = lease.manager
+    queue: Any = Queue()
+    facts: Any = Facts()
+    steps = Traffic(facts, "board:7710", queue, Counters())
+
+    def take(number: int, num_tokens: int) -> None:
+        step, tables, hidden = pack(lease.id, number, [part(number, [1] * num_tokens)])
+        frame = Frame(step, 1, memoryview(bytearray(tables + bytes(hidden))))
+        steps.take(manager, lease, frame, step)
+
+    monkeypatch.setattr(traffic, "MAX_WAITING_BYTES", 3000)  # 20 tokens of 32 values, or so
+    take(1, 30)  # one step may always wait, however large it is
+    assert len(queue.waiting) == 1
+    take(2, 5)
+    [refused] = manager.said
+    assert isinstance(refused, StepDone) and refused.step == 2
+    assert refused.faults[0].reason == "too many steps wait on this worker"
+    queue.work_off()
+    take(3, 5)
+    take(4, 5)
+    queue.work_off()
+    drawn = [said.step for said in manager.said[1:] if said.drawn]
+    assert drawn == [1, 3, 4]
