@@ -109,6 +109,7 @@ def test_the_folder_of_a_training_run_is_answered_with_where_its_adapter_lies(ad
         ({"alpha_pattern": {"(": 2}}, "has the pattern '('"),
         ({"alpha_pattern": {"(?i)q": 2}}, "has the pattern '(?i)q'"),
         ({"alpha_pattern": {"a" * 600: 2}}, "more than 512 characters"),
+        ({"lora_alpha": 10**400}, "it takes a finite number"),
         ({"r": 8}, "rank 8 in its config"),
         ({"rank_pattern": {"v_proj": 2}}, "rank 2 in its config"),
     ],
@@ -117,6 +118,23 @@ def test_the_folder_of_a_training_run_is_answered_with_where_its_adapter_lies(ad
 def test_a_config_that_asks_for_something_else_is_refused_by_name(values, words, adapter, stage):
     change_config(adapter, **values)
     assert words in refusal(adapter, stage)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(q|k)_proj", "(?:q|k)_proj", r"^model\.layers\.[0-2]\.self_attn\..*", r"layers\.\d+\.mlp"],
+)
+def test_patterns_that_people_write_are_taken(pattern, adapter, stage):
+    change_config(adapter, alpha_pattern={pattern: 3})
+    load_adapter(str(adapter), stage)
+
+
+def test_a_tensor_with_an_endless_name_is_refused(adapter, stage):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model." + "a." * 5000 + "lora_A.weight"] = torch.zeros(4, 4)
+    save_file(tensors, path)
+    assert "has a name of 10030 characters" in refusal(adapter, stage)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": ' * 100_000, b"\xff"])
