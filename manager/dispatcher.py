@@ -204,12 +204,22 @@ class Dispatcher:
         event = StepReturned(
             step=done.step,
             tokens={drawn.sequence: drawn.token for drawn in done.drawn},
-            faults={f.sequence: f"worker {f.worker}: {f.reason}" for f in done.faults},
+            faults=self._faults(done),
             stage_s=tuple(done.compute_s),
             elapsed_s=now_s - issued.at_s,
             scored=self._as_asked(issued.command, done),
         )
         self._apply(event, Returned({drawn.sequence: drawn for drawn in done.drawn}, scores))
+
+    def _faults(self, done: StepDone) -> dict[int, str]:
+        """Why sequences could not be computed, or what was drawn for them is none of our tokens."""
+        end = self._writer.vocab_size
+        faults = {
+            drawn.sequence: f"the last worker drew a token that the vocabulary of {end} has not"
+            for drawn in done.drawn
+            if drawn.token >= end or any(token >= end for token, _ in drawn.top)
+        }
+        return faults | {f.sequence: f"worker {f.worker}: {f.reason}" for f in done.faults}
 
     def suspend(self) -> int:
         """The chain is no more: requests wait. The epoch that the next chain is to have."""

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final, TypeVar
 
 from engine.sections import Section
+from manager.worker_words import check_facts, checked
 from proto.address import Address
 from proto.errors import AdapterError, WorkerLost, WorkerRefused
 from proto.framing import Buffer, Frame
@@ -303,7 +304,7 @@ class WorkerLink:
         return answer
 
     def _on_frame(self, frame: Frame) -> None:
-        match frame.message:
+        match checked(frame.message, str(self.address)):
             case StepDone() as done:
                 if self.on_step_done is not None:
                     self.on_step_done(done, frame.payload, frame.epoch)
@@ -390,7 +391,14 @@ async def open_link(
         ProtocolError: what answers is no worker of this protocol, or knows another secret or shows
             a certificate that we do not trust.
     """
-    link = await connect(str(address), role=role, agent=agent(), secret=keys.secret, tls=keys.tls)
+    link = await connect(
+        str(address),
+        role=role,
+        agent=agent(),
+        secret=keys.secret,
+        tls=keys.tls,
+        check=lambda welcome: check_facts(welcome.worker, str(address)),
+    )
     assert link.welcome is not None
     return WorkerLink(link, address, link.welcome.worker)
 

@@ -63,6 +63,11 @@ class StepWriter:
         self._num_waiting = 0
         self._task = asyncio.ensure_future(self._write_waiting())
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids below it have an embedding."""
+        return self._entry.vocab_size
+
     def write(self, command: RunStep, sequences: Mapping[int, ActiveSequence]) -> None:
         """Send a step, at once where that is quick."""
         packed = pack(self._lease, command, sequences)

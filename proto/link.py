@@ -101,6 +101,9 @@ async def _open_socket(target: Address, link: Link, tls: Tls | None, timeout_s: 
     except (asyncio.TimeoutError, OSError, ValueError) as exc:
         link.abort("the connection came too late")
         raise WorkerUnreachable(str(target), _why_not(exc, timeout_s)) from exc
+    except BaseException:  # given up: the loop closes the connection, and tells the link nothing
+        link.abort("the opener gave up")
+        raise
     _tune(transport)
     return link
 

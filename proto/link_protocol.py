@@ -31,6 +31,7 @@ from proto.framing import Buffer, Frame
 from proto.heartbeat import Heartbeat
 from proto.link_settings import LinkSettings
 from proto.messages import Goodbye, Hello, Message, Ping, Pong, Refused, Welcome
+from proto.printable import printable
 from proto.session import LISTENER_HANDSHAKE_BYTES, OPENER, Session, State
 
 # A goodbye gets so long to reach the peer before the socket is closed under it.
@@ -369,7 +370,7 @@ class Link(asyncio.BufferedProtocol):
             waiter.set_result(rtt_s)
 
     def _goodbye_came(self, frame: Frame) -> None:
-        self.goodbye = _printable(cast(Goodbye, frame.message).reason)
+        self.goodbye = printable(cast(Goodbye, frame.message).reason)
         self._leave(None)
 
     def _hello_came(self, frame: Frame) -> None:
@@ -388,7 +389,7 @@ class Link(asyncio.BufferedProtocol):
             if refused.loading_percent is not None:
                 self._leave(WorkerLoading(self.peer, refused.loading_percent))
             else:
-                reason = _printable(refused.reason)
+                reason = printable(refused.reason)
                 self._leave(WorkerRefused(f"worker {self.peer} refused: {reason}"))
 
     _OWN: Final = {
@@ -495,7 +496,7 @@ class Link(asyncio.BufferedProtocol):
             if self.goodbye is None and transport.can_write_eof():
                 transport.write_eof()
                 return
-        except OSError:  # the peer has reset the connection, and the loop does not know yet
+        except (OSError, RuntimeError):  # the connection is closed under us, and nobody told yet
             pass
         transport.close()
 
@@ -557,11 +558,6 @@ class Link(asyncio.BufferedProtocol):
         """The same error, saying who it was."""
         exc.args = (f"{self.peer}: {exc}",)
         return exc
-
-
-def _printable(text: str) -> str:
-    """A peer's words on one line: they end up on somebody's terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def os_reason(exc: OSError | Exception) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.sessions import two_workers
 
-SESSIONS = 800
+SESSIONS = 600
 
 
 async def test_rude_peers_crash_nothing_and_change_nobody_s_tokens(

@@ -11,6 +11,7 @@ from zlib import crc32
 import msgspec
 import pytest
 
+import proto.link
 from proto.errors import (
     AuthenticationFailed,
     Error,
@@ -26,7 +27,7 @@ from proto.errors import (
     WorkerUnreachable,
 )
 from proto.framing import CHECKSUM, HEADER, FrameReader, encode_frame
-from proto.link import LinkSettings, connect, listen
+from proto.link import Link, LinkSettings, connect, listen
 from proto.messages import (
     PROTOCOL_VERSION,
     Goodbye,
@@ -522,6 +523,31 @@ async def test_giving_up_a_connect_leaves_no_socket_behind():
         with pytest.raises(asyncio.CancelledError):
             await connecting
         await soon(gone.wait())
+
+
+async def test_a_connect_that_is_given_up_at_any_moment_leaves_no_timer_behind(worker, monkeypatch):
+    made = []
+
+    class Recorded(Link):
+        def __init__(self, session, peer, settings, door=None):
+            super().__init__(session, peer, settings, door)
+            if door is None:
+                made.append(self)
+
+    async with worker.listening() as listener:
+        monkeypatch.setattr(proto.link, "Link", Recorded)
+        for moments in range(40):
+            opening = connect(listener.address, role=Role.MANAGER, agent="test")
+            connecting = asyncio.ensure_future(opening)
+            for _ in range(moments):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            if not connecting.cancelled():
+                await soon(connecting.result().close())
+    assert any(link._transport is not None for link in made)
+    assert all(link._ended for link in made)
+    assert all(link._deadline is None or link._deadline.cancelled() for link in made)
 
 
 # --- addresses -------------------------------------------------------------------------------
