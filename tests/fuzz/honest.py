@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from proto.framing import Frame
 from proto.link import Link, LinkSettings
 from proto.messages import (
     AdapterDone,
     Lease,
     Leased,
+    LinkLost,
     Role,
     Route,
     Routed,
@@ -20,7 +23,7 @@ from proto.messages import (
     StepDone,
     UseAdapter,
 )
-from tests.support.wire import Part, open_link, pack, told
+from tests.support.wire import DEADLINE_S, Part, open_link, pack, told
 
 BLOCKS = 8
 EPOCH = 5
@@ -43,8 +46,12 @@ class Honest:
     def __init__(self, links: list[Link], model: Any, *, has_adapter: bool) -> None:
         self.lease = os.urandom(16)
         self.links = links
+        self.num_reroutes = 0
+        self._lost = asyncio.Event()  # the first worker's link to the next
+        self._why_lost = ""
         self._model, self._has_adapter = model, has_adapter
-        self._number = 0
+        self._number, self._epoch = 0, EPOCH
+        self._addresses: Sequence[str] = ()
 
     @classmethod
     async def open(
@@ -61,20 +68,52 @@ class Honest:
             if adapter is not None:
                 link.send(UseAdapter(lease=honest.lease, number=0, name=adapter))
                 await told(link, AdapterDone)
-        for link, following in zip(links, [*addresses[1:], None], strict=True):
-            link.send(Route(lease=honest.lease, next=following), epoch=EPOCH)
-            await told(link, Routed)
+        await honest._route(addresses)
         return honest
 
+    async def _route(self, addresses: Sequence[str]) -> None:
+        self._addresses = addresses
+        self.links[0].on_frame = None
+        for link, following in zip(self.links, [*addresses[1:], None], strict=True):
+            link.send(Route(lease=self.lease, next=following), epoch=self._epoch)
+            while not isinstance((await link.receive(DEADLINE_S)).message, Routed):
+                pass  # tokens of the chain before
+        self.links[0].on_frame = self._first_says
+
+    def _first_says(self, frame: Frame) -> None:
+        assert isinstance(frame.message, LinkLost), frame.message
+        self._why_lost = frame.message.reason
+        self._lost.set()
+
     async def generate(self) -> dict[int, list[int]]:
-        """All prompts anew, in one batch, over the same blocks."""
+        """All prompts anew, in one batch, over the same blocks.
+
+        On a machine that does much else a worker may take the next one for dead. Then the chain is
+        made anew, as any manager does; no other reason is accepted.
+        """
+        while True:
+            generating = asyncio.ensure_future(self._generate())
+            lost = asyncio.ensure_future(self._lost.wait())
+            await asyncio.wait([generating, lost], return_when=asyncio.FIRST_COMPLETED)
+            lost.cancel()
+            if not self._lost.is_set():
+                return await generating
+            generating.cancel()
+            await asyncio.gather(generating, return_exceptions=True)
+            assert "no answer for" in self._why_lost, self._why_lost
+            self._lost.clear()
+            self._epoch += 1
+            self.num_reroutes += 1
+            await self._route(self._addresses)
+
+    async def _generate(self) -> dict[int, list[int]]:
         texts = {sequence: list(prompt) for sequence, prompt in PROMPTS.items()}
         start = dict.fromkeys(PROMPTS, 0)
         for draw in range(NUM_TOKENS):
             parts = [self._part(it, texts[it], start[it], draw) for it in texts]
             self._number += 1
             step, tables, hidden = pack(self.lease, self._number, parts)
-            self.links[0].send(step, tables, hidden, epoch=EPOCH)
+            self.links[0].send(step, tables, hidden, epoch=self._epoch)
             done = await told(self.links[-1], StepDone)
             assert (done.lease, done.step) == (self.lease, self._number)
             assert not done.faults, done.faults

@@ -66,6 +66,7 @@ class Told:
     cut_off: int = 0  # links that the worker ended with a reason
     steps_done: int = 0
     honest_rounds: int = 0
+    reroutes: int = 0  # of the honest one, whose workers took each other for dead
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in vars(self).items())
@@ -107,6 +108,7 @@ class Fuzzer:
         finally:
             stop.set()
             await task
+            self.told.reroutes += self._honest.num_reroutes
             await self._honest.close()
 
     async def _meet(self) -> None:
