@@ -158,7 +158,14 @@ class WorkerLink:
         return await asyncio.shield(self._leasing)
 
     async def _lease(self, question: Lease) -> int:
-        return (await self._ask(question, Leased, LEASE_TIMEOUT_S)).blocks
+        blocks = (await self._ask(question, Leased, LEASE_TIMEOUT_S)).blocks
+        if not question.min_blocks <= blocks <= question.want_blocks:
+            raise Refusal(
+                self.address,
+                f"leased {blocks} KV blocks, where {question.min_blocks} to "
+                f"{question.want_blocks} were asked for",
+            )
+        return blocks
 
     async def route(self, lease: bytes, next_worker: Address | None, *, epoch: int) -> None:
         """Tell it where this lease's steps go from there; None makes it the last.

@@ -68,6 +68,16 @@ class NextLink:
             except LocalProtocolError as exc:
                 self._link.fail(exc)  # and so it does here
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What was sent and has not left this process."""
+        return 0 if self._link is None else self._link.unsent_bytes
+
+    def give_up(self, reason: str) -> None:
+        """Lose it because it does not read."""
+        if self._link is not None:
+            self._link.abort(reason)
+
     def close(self, reason: str) -> None:
         """Leave it on purpose; no callback comes any more."""
         self.state = State.LOST

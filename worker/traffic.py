@@ -7,6 +7,7 @@ more is dropped here and counted. What is computed is `worker.steps`'.
 from __future__ import annotations
 
 from typing import Final
+from weakref import WeakSet
 
 from msgspec.structs import replace
 
@@ -24,6 +25,9 @@ from worker.status import Counters
 # Of steps that wait for torch. A manager's steps of 512 tokens are 16 MiB in the widest models,
 # and it has as many on their way as there are stages, and one more.
 MAX_WAITING_BYTES: Final = 2 * MAX_PAYLOAD_BYTES
+# Of steps that next workers have not read: each link has a bound of its own, and there is one for
+# each lease.
+MAX_UNREAD_BYTES: Final = 4 * MAX_PAYLOAD_BYTES
 
 
 class Traffic:
@@ -35,6 +39,7 @@ class Traffic:
         self._counters = counters
         self._is_stopping = False
         self._waiting_bytes = 0
+        self._followers: WeakSet[NextLink] = WeakSet()  # that were sent something
 
     def stop(self) -> None:
         """Take no more steps; what torch computes now is still handed on."""
@@ -102,6 +107,8 @@ class Traffic:
     def _send_on(self, passage: Passage, following: NextLink) -> None:
         step, outcome, payload = passage.step, passage.outcome, passage.payload
         assert outcome is not None and outcome.hidden is not None
+        self._followers.add(following)
+        self._make_room(outcome.hidden.nbytes)
         following.send(
             replace(
                 step,
@@ -112,6 +119,16 @@ class Traffic:
             outcome.hidden,
             epoch=passage.epoch,
         )
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Give up the next worker that has read least, when all together have read too little."""
+        unread = {it: it.unsent_bytes for it in self._followers}
+        if sum(unread.values()) + num_bytes > MAX_UNREAD_BYTES:
+            slowest = max(unread, key=unread.__getitem__)
+            slowest.give_up(
+                f"it does not read: {unread[slowest]} of {sum(unread.values())} bytes that wait "
+                "to be sent from this worker are its own"
+            )
 
     def _send_done(self, passage: Passage) -> None:
         step, outcome = passage.step, passage.outcome

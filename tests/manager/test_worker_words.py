@@ -8,13 +8,15 @@ from msgspec.structs import replace
 from manager.links import open_link
 from manager.worker_words import check_facts, checked
 from proto.address import parse_address
-from proto.errors import RemoteProtocolError
-from proto.link import listen
-from proto.messages import Fault, LinkLost, Refused, SectionHeld, Status, StepDone
+from proto.errors import RemoteProtocolError, WorkerRefused
+from proto.framing import Frame
+from proto.link import Link, listen
+from proto.messages import Fault, Leased, LinkLost, Refused, SectionHeld, Status, StepDone
 from tests.proto.wire_examples import EXAMPLES, WELCOME
 
 FACTS = WELCOME.worker
 HERE = "board:7710"
+ID = bytes(16)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,22 @@ async def test_a_manager_does_not_stay_with_a_worker_that_cannot_be() -> None:
     )
     with pytest.raises(RemoteProtocolError, match=r"worker 127.0.0.1:\d+ says .*block_tokens 0"):
         await open_link(parse_address(listener.address))
+    await listener.close()
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 9, 2**31 - 1])
+async def test_a_lease_of_other_than_was_asked_for_is_refused(blocks) -> None:
+    def serve(link: Link) -> None:
+        def answer(_frame: Frame) -> None:
+            link.send(Leased(lease=ID, blocks=blocks))
+
+        link.on_frame = answer
+
+    listener = await listen("127.0.0.1:0", welcome=lambda hello: WELCOME, on_link=serve)
+    link = await open_link(parse_address(listener.address))
+    with pytest.raises(WorkerRefused, match=f"leased {blocks} KV blocks, where 2 to 8 were asked"):
+        await link.lease(ID, min_blocks=2, want_blocks=8, trace=False)
+    await link.close()
     await listener.close()
 
 

@@ -13,6 +13,7 @@ from proto.framing import Frame
 from proto.messages import Message, StepDone
 from tests.support.wire import Part, pack
 from worker import traffic
+from worker.chain import State
 from worker.compute import Work
 from worker.leases import OpenLease
 from worker.status import Counters
@@ -53,6 +54,21 @@ class Queue:
             work.finish()
 
 
+class Following:
+    """A next worker that reads as much as it is told to."""
+
+    def __init__(self) -> None:
+        self.state = State.OPEN
+        self.unsent_bytes, self.steps, self.why_lost = 0, 0, ""
+
+    def send(self, step: Message, *payload: memoryview, epoch: int) -> None:
+        self.steps += 1
+        self.unsent_bytes += sum(it.nbytes for it in payload)
+
+    def give_up(self, reason: str) -> None:
+        self.why_lost, self.unsent_bytes, self.state = reason, 0, State.LOST
+
+
 @pytest.fixture
 def lease(checkpoint: Path) -> OpenLease:
     stage = load_stage(str(checkpoint), layers=(3, 4), device="cpu")
@@ -89,3 +105,28 @@ def test_steps_that_wait_are_bounded_by_their_bytes_and_one_too_many_is_a_fault(
     queue.work_off()
     drawn = [said.step for said in manager.said[1:] if said.drawn]
     assert drawn == [1, 3, 4]
+
+
+def test_the_next_worker_that_reads_least_is_given_up_when_all_have_read_too_little(
+    lease: OpenLease, part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue: Any = Queue()
+    facts: Any = Facts()
+    steps = Traffic(facts, "board:7710", queue, Counters())
+    lazy, busy = Following(), Following()
+
+    def pass_on(following: Any, num_tokens: int) -> None:
+        step, tables, hidden = pack(lease.id, 1, [part(1, [1] * num_tokens)])
+        frame = Frame(step, 1, memoryview(bytearray(tables + bytes(hidden))))
+        lease.next, lease.is_last = following, False
+        steps.take(lease.manager, lease, frame, step)
+        queue.work_off()
+
+    monkeypatch.setattr(traffic, "MAX_UNREAD_BYTES", 10_000)  # 75 tokens of 32 values, or so
+    pass_on(lazy, 40)
+    pass_on(busy, 20)
+    assert not lazy.why_lost and not busy.why_lost
+    pass_on(busy, 20)
+    assert lazy.why_lost.startswith("it does not read: ")
+    assert not busy.why_lost
+    assert (lazy.steps, busy.steps) == (1, 2)
