@@ -145,21 +145,31 @@ class Checkpoint:
     def __contains__(self, key: str) -> bool:
         return key in self._files
 
-    def entry(self, key: str) -> TensorEntry:
-        """Where a tensor lies; reads (or downloads) the file's header if it was not yet.
+    def announced(self, key: str) -> TensorEntry:
+        """What a header says of a tensor, also where a copy of a slice has a hole.
+
+        Reads (or downloads) the file's header if it was not yet.
 
         Raises:
-            ModelError: the file does not have it, or a copy of a slice has a hole there.
+            ModelError: the file does not have it.
         """
         file = self._files[key]
         try:
-            entry = self._header(file)[key]
+            return self._header(file)[key]
         except KeyError:
             raise ModelError(
                 f"{self._source.describe(file)} does not hold tensor {key!r}, "
                 f"though {_INDEX} says so: the checkpoint is damaged, fetch it again"
             ) from None
-        copy = self._copy
+
+    def entry(self, key: str) -> TensorEntry:
+        """Where a tensor lies that can be read.
+
+        Raises:
+            ModelError: the file does not have it, or a copy of a slice has a hole there.
+        """
+        entry, copy = self.announced(key), self._copy
+        file = entry.file
         if copy is not None and not copy.holds(file, entry.offset, entry.offset + entry.num_bytes):
             raise ModelError(
                 f"{copy.folder} is a copy of layers {copy.layers[0]}:{copy.layers[1]} of "

@@ -84,11 +84,11 @@ class StoredTensors:
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor."""
         group = self._groups.get(key)
-        return self._checkpoint.entry(key).shape if group is None else group.shape
+        return self._checkpoint.announced(key).shape if group is None else group.shape
 
     def dtype(self, key: str) -> torch.dtype:
         """Of a tensor as it comes: of numbers that are worked out, float32."""
-        return torch.float32 if key in self._groups else self._checkpoint.entry(key).dtype
+        return torch.float32 if key in self._groups else self._checkpoint.announced(key).dtype
 
     def read(self, key: str, dtype: torch.dtype | None, progress: Progress | None) -> Tensor:
         """All of a tensor.
@@ -187,16 +187,16 @@ class _Finder:
 
     def require_kind(self, key: str, *kinds: torch.dtype) -> None:
         """Refuse the checkpoint unless a tensor is of one of these types; of any float if none."""
-        dtype = self.checkpoint.entry(key).dtype
+        dtype = self.checkpoint.announced(key).dtype
         if not (dtype in kinds if kinds else dtype.is_floating_point):
-            raise self.misfit(f"{key} of {dtype}", self.checkpoint.entry(key).shape)
+            raise self.misfit(f"{key} of {dtype}", self.checkpoint.announced(key).shape)
 
     def group_size(self, asked: object, key: str, in_features: int, num_groups: int) -> int:
         """How many inputs share a scale, of which there are so many."""
         if type(asked) is int and asked > 0 and -(-in_features // asked) == num_groups:
             return asked
         if in_features % num_groups:  # then nobody can tell
-            raise self.misfit(key, self.checkpoint.entry(key).shape)
+            raise self.misfit(key, self.checkpoint.announced(key).shape)
         return in_features // num_groups
 
     def rows_of_groups(
@@ -219,7 +219,7 @@ class _Finder:
 
     def shape(self, key: str, num_axes: int) -> tuple[int, ...]:
         """Of a tensor with so many axes."""
-        shape = self.checkpoint.entry(key).shape
+        shape = self.checkpoint.announced(key).shape
         if len(shape) != num_axes or 0 in shape:
             raise self.misfit(key, shape)
         return shape
@@ -227,7 +227,7 @@ class _Finder:
     def require(self, is_right: bool, key: str) -> None:
         """Refuse the checkpoint unless a tensor is as the others want it."""
         if not is_right:
-            raise self.misfit(key, self.checkpoint.entry(key).shape)
+            raise self.misfit(key, self.checkpoint.announced(key).shape)
 
     def misfit(self, key: str, shape: tuple[int, ...]) -> ModelError:
         return ModelError(
@@ -454,7 +454,7 @@ def _scaled(
     kinds: tuple[torch.dtype, ...],
 ) -> _Group:
     """Small numbers, each multiplied with the scale of its block, row, or tensor."""
-    entry, scale = finder.checkpoint.entry(key), finder.checkpoint.entry(scale_key)
+    entry, scale = finder.checkpoint.announced(key), finder.checkpoint.announced(scale_key)
     shape = entry.shape
     finder.require(len(shape) >= 2 and 0 not in shape, key)
     finder.require_kind(key, *kinds)
@@ -471,7 +471,7 @@ def _scaled(
 
     parts = {"numbers": key, "scales": scale_key}
     if zeros_key is not None:
-        finder.require(finder.checkpoint.entry(zeros_key).shape == scale.shape, zeros_key)
+        finder.require(finder.checkpoint.announced(zeros_key).shape == scale.shape, zeros_key)
         finder.require_kind(zeros_key, *kinds)
         parts["zeros"] = zeros_key
     return _Group(shape=shape, parts=parts, by_entry=frozenset({"numbers"}), make=make)
