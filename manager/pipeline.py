@@ -394,11 +394,13 @@ class Pipeline:
         if self._closed:
             raise UsageError("the pipeline is closed: open another one.")
         vocab_size = self.workers[0].vocab_size
-        stranger = next((i for i in prompt.token_ids if not 0 <= i < vocab_size), None)
-        if stranger is not None:
-            raise RequestRefused(
-                f"the prompt has token id {stranger}, the model's ids are 0 to {vocab_size - 1}."
-            )
+        ids = prompt.token_ids
+        for stranger in (min(ids, default=0), max(ids, default=0)):  # quicker than each in Python
+            if not 0 <= stranger < vocab_size:
+                raise RequestRefused(
+                    f"the prompt has token id {stranger}, the model's ids are 0 to "
+                    f"{vocab_size - 1}."
+                )
         return prompt
 
     async def _encode(self, text: str) -> Prompt:

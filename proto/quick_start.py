@@ -19,4 +19,13 @@ NEW_OBJECTS: Final = 20_000
 def quick_start() -> None:
     """Call it first, once in a process."""
     gc.set_threshold(NEW_OBJECTS)
-    atexit.register(gc.freeze)  # what is frozen is searched no more
+    atexit.register(settle)
+
+
+def settle() -> None:
+    """What there is now stays to the end: do not search it any more.
+
+    A full search of torch's and transformers' objects holds everything up for 0.15 s on a fast
+    machine, more than a second on a small board: in the middle of somebody's stream.
+    """
+    gc.freeze()

@@ -9,6 +9,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -77,7 +78,7 @@ class Door:
             # A page of another site must not use a server that trusts this machine, neither by
             # its name nor by having its own name point here.
             host = headers.get("host", "")
-            if not is_loopback(Address(urlsplit(f"//{host}").hostname or "", 0)):
+            if not _is_here(host):
                 raise ApiError(403, f"the host {host[:100]!r} is not this machine: call 127.0.0.1.")
         if origin and origin not in self._origins and not _is_same(origin, headers):
             raise ApiError(
@@ -142,9 +143,19 @@ async def refuse(send: Send, error: ApiError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+@lru_cache(maxsize=64)  # every request of a client has the same
+def _is_here(host: str) -> bool:
+    """Whether a Host header names this machine."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # brackets that do not close
+        return False
+    return is_loopback(Address(name, 0))
+
+
 def _is_same(origin: str, headers: Headers) -> bool:
     """Whether a page of this very server asks."""
-    return urlsplit(origin).netloc == headers.get("host", "")
+    return origin.partition("://")[2] == headers.get("host", "")
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:

@@ -9,8 +9,12 @@ Keys and values only: no prompt, no text, no API key ever gets here.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
+from typing import Final
+
+ONE_WORD: Final = re.compile(r'[^\s"=]+')
 
 
 class Log:
@@ -38,5 +42,4 @@ class Log:
 
 def _plain(value: object) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    is_one_word = text and not any(c.isspace() or c in '"=' for c in text)
-    return text if is_one_word else json.dumps(text, ensure_ascii=False)
+    return text if ONE_WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -193,21 +193,30 @@ class Sent:
 
 
 async def unless_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:
-    """Do the work, or leave it as soon as the client goes away; True when it is done."""
-    working = asyncio.ensure_future(work())
-    gone = asyncio.ensure_future(_until_gone(receive))
+    """Do the work, or leave it as soon as the client goes away; True when it is done.
+
+    The work runs in the caller's own task, so that a request is on its way to the workers before
+    the next one is read.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone, before = False, task.cancelling()
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            return False
-        await working
+        await work()
         return True
+    except asyncio.CancelledError:
+        if is_gone and task.uncancel() <= before:
+            return False
+        raise  # somebody else wants this task to end
     finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

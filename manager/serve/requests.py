@@ -7,7 +7,7 @@ bytes in, values out. Knows no model, no tokenizer and no server.
 from __future__ import annotations
 
 import re
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -266,7 +266,7 @@ class CompletionRequest(Common, kw_only=True):
             why = "is an empty list" if not kinds else "mixes texts, token ids and lists"
             raise bad_value("prompt", f"prompt {why}: write texts, or lists of token ids.")
         if kinds == {int}:
-            return [tuple(part for part in self.prompt if isinstance(part, int))]
+            return [tuple(cast("list[int]", self.prompt))]
         if len(self.prompt) > MAX_PROMPTS:
             raise bad_value("prompt", f"{len(self.prompt)} prompts; at most {MAX_PROMPTS} may be.")
         return [tuple(it) if isinstance(it, list) else str(it) for it in self.prompt]

@@ -21,6 +21,7 @@ from manager.serve.keeper import Connect, Keeper
 from manager.serve.log import Log
 from manager.serve.traces import RequestTraces
 from proto.errors import UsageError
+from proto.quick_start import settle
 
 BACKLOG: Final = 1024
 # Between the end of what runs and the end of the process: connections that nobody closes.
@@ -63,6 +64,7 @@ async def run(
             keeping = asyncio.ensure_future(keeper.run())
             try:
                 await _until_open(keeper, keeping)
+                settle()
                 pipeline = keeper.pipeline
                 name = pipeline.model_name if pipeline is not None else ""
                 print(f"ready {url} model {name}", flush=True)

@@ -345,8 +345,9 @@ class Service:
         if not said:
             raise bad_value("prompt", "a prompt has no token: write at least one.")
         vocab_size = pipeline.workers[0].vocab_size
-        stranger = next((it for it in said if not 0 <= it < vocab_size), None)
-        if stranger is not None:
+        for stranger in (min(said), max(said)):  # quicker than looking at each
+            if 0 <= stranger < vocab_size:
+                continue
             raise bad_value(
                 "prompt", f"token id {stranger} is none of the model's, 0 to {vocab_size - 1}."
             )

@@ -298,6 +298,8 @@ def test_unknown_fields_are_left_alone_and_nulls_are_defaults(server: Server) ->
 def test_pages_of_other_sites_cannot_use_the_server(server: Server) -> None:
     assert server.get("/health", origin="https://evil.example").status == 403
     assert server.get("/health", host="evil.example").status == 403
+    assert server.get("/health", host="[::1").status == 403
+    assert server.get("/health", origin="http://[::1").status == 403
     assert server.get("/health", origin=server.url).status == 200
     assert "access-control-allow-origin" not in server.get("/health", origin=server.url).headers
 
