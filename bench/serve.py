@@ -193,9 +193,7 @@ async def over_http(ask: Callable[[Any], Any], server: psutil.Process, plan: Pla
     return _taken(plan, got["seconds"], firsts, cpu_s, got["client_cpu_s"])
 
 
-def _taken(
-    plan: Plan, seconds: float, firsts: Sequence[Sequence[float]], *cpu_s: float
-) -> Taken:
+def _taken(plan: Plan, seconds: float, firsts: Sequence[Sequence[float]], *cpu_s: float) -> Taken:
     tokens = sum(it.new_tokens for wanted in plan for it in wanted)
     later = [taken_s for stream in firsts for taken_s in stream[1:]]
     return Taken(

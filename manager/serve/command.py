@@ -44,7 +44,6 @@ NEEDED: Final = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 )
 @click.option(
     "--api-key-file",
-    cls=WorkersOwn,  # the setting of this name is a llama-server's
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Clients must send one of its lines as their API key; mode 0600.",

@@ -27,7 +27,6 @@ SERVER_URL = click.option(
 )
 KEY_FILE = click.option(
     "--api-key-file",
-    cls=WorkersOwn,
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="The API key that it asks for. Default: OPENAI_API_KEY.",

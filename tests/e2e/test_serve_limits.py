@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.support.adapters import adapted, greedy
-from tests.support.chains import TinyModel, Workers
+from tests.support.chains import Answer, TinyModel, Workers, manager
 from tests.support.serving import Got, Server, until
 
 KEY = "a-key-that-nobody-guesses"
@@ -30,6 +30,7 @@ class Narrow:
     server: Server
     adapted: Any
     traces: Path
+    keys: Path
 
     def post(self, body: Any, key: str = KEY, **headers: str) -> Got:
         return self.server.post(PLAIN, body, authorization=f"Bearer {key}", **headers)
@@ -54,7 +55,7 @@ def narrow(
     words += ["--cors-origin", "https://page.example", "--trace-dir", str(folder / "traces")]
     with Server(*words, "--log-format", "json") as server:
         server.url = server.url.replace("0.0.0.0", "127.0.0.1")
-        yield Narrow(server, model, folder / "traces")
+        yield Narrow(server, model, folder / "traces", keys)
 
 
 class InThread(threading.Thread):
@@ -137,6 +138,39 @@ def test_pages_from_a_named_origin_may_call(narrow: Narrow) -> None:
     got = narrow.post(SHORT, origin="https://page.example")
     assert got.headers["access-control-allow-origin"] == "https://page.example"
     assert narrow.post(SHORT, origin="https://other.example").status == 403
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_top_and_chat_find_the_key_where_other_settings_stand(
+    narrow: Narrow, call: Callable[..., Answer], tmp_path: Path, source: str
+) -> None:
+    url = narrow.server.url
+    keyless = call("top", "--once", "--server", url)
+    assert keyless.returncode == 1 and "no API key" in keyless.stderr
+    env = setting(source, narrow.keys, tmp_path)
+    assert call("top", "--once", "--server", url, env=env).returncode == 0
+    words = ("chat", "--server", url, "--max-new-tokens", "2", "--ignore-eos")
+    told = manager(*words, stdin="the quick\n/quit\n", env=env)
+    assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_a_server_finds_the_key_there_too(
+    call: Callable[..., Answer], tmp_path: Path, source: str
+) -> None:
+    env = setting(source, tmp_path / "nothing", tmp_path)
+    answer = call("serve", "--host", "0.0.0.0", "--port", "0", env=env)
+    assert answer.returncode == 2, answer.stderr
+    assert f"cannot read the secret file {tmp_path / 'nothing'}" in answer.stderr
+
+
+def setting(source: str, keys: Path, folder: Path) -> dict[str, str]:
+    """The environment in which --api-key-file is set, itself or by a settings file."""
+    if source == "environment":
+        return {"COMBOIO_API_KEY_FILE": str(keys)}
+    file = folder / "settings.toml"
+    file.write_text(f'[manager]\napi-key-file = "{keys}"\n')
+    return {"COMBOIO_CONFIG": str(file)}
 
 
 def test_a_trace_is_written_of_every_request(narrow: Narrow) -> None:
