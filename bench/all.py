@@ -87,6 +87,7 @@ PARTS: Final = (
     Part("attention", "attention.py", (), (), minutes=1.0, has_rows=False),
     Part("hop", "hop.py", (), ("--steps", "1000"), minutes=0.3, quick_minutes=0.2, has_rows=False),
     Part("tls", "tls.py", (), ("--quick",), minutes=1.0, quick_minutes=0.4, has_rows=False),
+    Part("serve", "serve.py", ("--rounds", "3"), ("--quick",), minutes=1.0, quick_minutes=0.5),
     Part("memory", "memory.py", (), (), minutes=0.7, has_rows=False),
     Part("quality", "quality.py", (), (), minutes=3.0, quick_minutes=3.0, has_rows=False),
     Part("sibling", "pipeline.py", (), ("--rounds", "1", "--streams", "1,8"), minutes=1.0,

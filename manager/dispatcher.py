@@ -8,7 +8,7 @@ until nobody waits any longer for one (`lose`); which of these is `manager.recov
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol
@@ -36,7 +36,7 @@ from manager.encoding import Prompt
 from manager.generation import GenerationOptions
 from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
-from manager.text import Vocabulary
+from manager.text import NOTHING_SHOWN, Vocabulary
 from proto.codec import step_scores
 from proto.errors import Error, RequestRefused, UsageError
 from proto.messages import Drawn, StepDone, StepReport
@@ -140,6 +140,7 @@ class Dispatcher:
         on_prefill: Callable[[int, int], None] | None = None,
         adapter: AdapterUse | None = None,
         constraint: Constraint | None = None,
+        shown: Mapping[int, str] = NOTHING_SHOWN,
     ) -> ActiveSequence:
         """Start a request; its pieces come by themselves.
 
@@ -147,6 +148,7 @@ class Dispatcher:
             adapter: that all workers know of; the caller's until the request is over.
             on_prefill: called with (prompt tokens computed, prompt tokens) while a prompt is read.
             constraint: which tokens may be drawn; nobody else's.
+            shown: special tokens that have a text here, and that text.
         Raises:
             RequestRefused: it can never run; says the numbers.
             WorkerLost: a worker went away before.
@@ -162,6 +164,7 @@ class Dispatcher:
             time.monotonic(),
             None if adapter is None else adapter.number,
             constraint,
+            shown,
         )
         sequence.on_prefill = on_prefill
         self._active[number] = sequence

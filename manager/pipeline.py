@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
 from manager.recovery import RecoverySettings
 from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
+from manager.text import NOTHING_SHOWN
 from manager.topology import OpenChain, open_chain
 from proto.errors import Error, ModelError, RequestRefused, UsageError, WorkerLost
 from proto.keys import Keys, read_keys
@@ -308,6 +309,7 @@ class Pipeline:
         *,
         on_prefill: OnPrefill | None = None,
         constraint: Constraint | None = None,
+        shown: Mapping[int, str] = NOTHING_SHOWN,
     ) -> AsyncIterator[Piece]:
         """Generate, piece by piece; leaving the loop early frees what the request holds.
 
@@ -315,11 +317,12 @@ class Pipeline:
 
         Args:
             constraint: which tokens may be drawn, where not all may; made for this request.
+            shown: special tokens that have a text in this one, and that text.
         Raises:
             RequestRefused: it can never run: empty, or longer than the context or the KV.
             WorkerLost: a worker went away before the request.
         """
-        async with self._request(prompt, options, on_prefill, constraint) as sequence:
+        async with self._request(prompt, options, on_prefill, constraint, shown) as sequence:
             async for piece in sequence.pieces():
                 yield piece
 
@@ -351,6 +354,7 @@ class Pipeline:
         options: GenerationOptions,
         on_prefill: OnPrefill | None,
         constraint: Constraint | None = None,
+        shown: Mapping[int, str] = NOTHING_SHOWN,
     ) -> AsyncIterator[ActiveSequence]:
         """A request for the block; then nothing is left of it here or on the workers."""
         prompt = await self._checked(prompt)
@@ -358,7 +362,9 @@ class Pipeline:
         if options.adapter is not None:
             adapter = await self._adapter(options.adapter)
         try:
-            sequence = self._dispatcher.submit(prompt, options, on_prefill, adapter, constraint)
+            sequence = self._dispatcher.submit(
+                prompt, options, on_prefill, adapter, constraint, shown
+            )
             try:
                 yield sequence
             finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from manager.encoding import Prompt
@@ -21,7 +21,7 @@ from manager.generation import (
     TokenLogprob,
     decode_rate,
 )
-from manager.text import Cut, TextStream, Vocabulary
+from manager.text import NOTHING_SHOWN, Cut, TextStream, Vocabulary
 from proto.messages import Drawn, Sampling
 
 
@@ -52,12 +52,14 @@ class ActiveSequence:
         now_s: float,
         adapter: int | None = None,
         constraint: Constraint | None = None,
+        shown: Mapping[int, str] = NOTHING_SHOWN,
     ) -> None:
+        """`shown`: special tokens that have a text in this one, and that text."""
         self.adapter = adapter  # its number in this lease; None: the model alone
         self.number, self.prompt, self.options = number, prompt, options
         self.seed = secrets.randbits(63) if options.seed is None else options.seed
         self.on_prefill: Callable[[int, int], None] | None = None  # tokens done, tokens in all
-        self._text = TextStream(vocabulary, options.stop, prompt.context)
+        self._text = TextStream(vocabulary, options.stop, prompt.context, shown)
         self._seen = dict.fromkeys(prompt.token_ids) if options.looks_back else {}
         self._generated = Counter[int]()  # where a draw depends on it
         self.constraint = constraint

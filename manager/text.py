@@ -7,8 +7,9 @@ never changes later, so a terminal may print it at once. Knows nothing of reques
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 REPLACEMENT: Final = "\ufffd"  # what decoders write for bytes that are no UTF-8 (yet)
@@ -18,6 +19,8 @@ REPLACEMENT: Final = "\ufffd"  # what decoders write for bytes that are no UTF-8
 CONTEXT_TOKENS: Final = 6
 
 BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
+
+NOTHING_SHOWN: Final[Mapping[int, str]] = MappingProxyType({})
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -33,6 +36,21 @@ def decoder(tokenizer: Any) -> Decode:
     )
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that `decode` leaves out, and their names.
+
+    More than `all_special_ids` has: a token may be marked special in tokenizer.json and have no
+    role there, as those that begin a call of a function often are.
+    """
+    ids, names = tokenizer.all_special_ids, tokenizer.all_special_tokens
+    found = {int(token): str(name) for token, name in zip(ids, names, strict=True)}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
+        added = backend.get_added_tokens_decoder().items()
+        found |= {int(token): str(it.content) for token, it in added if it.special}
+    return found
+
+
 class Vocabulary:
     """What a tokenizer is asked over and over: text of ids, which ids are special, which bytes.
 
@@ -46,7 +64,7 @@ class Vocabulary:
             self.byte_ids: frozenset[int] = frozenset()
             return
         self.decode = decoder(tokenizer)
-        self.special = frozenset(int(i) for i in tokenizer.all_special_ids)
+        self.special = frozenset(special_tokens(tokenizer))
         self.byte_ids = frozenset(
             int(i) for text, i in tokenizer.get_vocab().items() if BYTE_TOKEN.match(text)
         )
@@ -60,9 +78,18 @@ class Detokenizer:
     where a character starts, so that its text is a suffix of the whole text.
     """
 
-    def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()) -> None:
-        """`context` is the text that the tokens continue: the prompt, where it is text."""
-        self._vocabulary = vocabulary
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        context: Sequence[int] = (),
+        shown: Mapping[int, str] = NOTHING_SHOWN,
+    ) -> None:
+        """
+        Args:
+            context: the text that the tokens continue: the prompt, where it is text.
+            shown: special tokens that have a text all the same, and that text.
+        """
+        self._vocabulary, self._shown = vocabulary, shown
         self._window: list[int] = []
         self._given_chars = 0  # of the window's text
         self._settled_tokens = 0  # of the window; their text was given whole
@@ -73,6 +100,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Take one token; give the text that is certain now, perhaps none."""
+        if token in self._shown:
+            return self._show(token)
         self._window.append(token)
         text = self._vocabulary.decode(self._window)
         if self._may_change(self._window, text):
@@ -85,6 +114,17 @@ class Detokenizer:
     def flush(self) -> str:
         """The end: give what was held back, replacement characters and all."""
         return self._give(self._vocabulary.decode(self._window)) if self._window else ""
+
+    def _show(self, token: int) -> str:
+        """A special token's own text; what was held back before it is over now."""
+        before, window = self.flush(), self._window
+        if window and self._may_change(window, self._vocabulary.decode(window)):
+            # No character goes on behind it: its bytes must not wait for those that follow.
+            self._window, self._given_chars = [], 0
+        elif not window or window[-1] not in self._shown:
+            window.append(token)  # decoded, it is silent: the next word keeps its space
+        self._settled_tokens = len(self._window)
+        return before + self._shown[token]
 
     def _give(self, text: str) -> str:
         piece = text[self._given_chars :]
@@ -172,9 +212,13 @@ class TextStream:
     """Tokens of one sequence in, text to show out: detokenised, stop texts cut off."""
 
     def __init__(
-        self, vocabulary: Vocabulary, stops: Sequence[str] = (), context: Sequence[int] = ()
+        self,
+        vocabulary: Vocabulary,
+        stops: Sequence[str] = (),
+        context: Sequence[int] = (),
+        shown: Mapping[int, str] = NOTHING_SHOWN,
     ) -> None:
-        self._detokenizer = Detokenizer(vocabulary, context)
+        self._detokenizer = Detokenizer(vocabulary, context, shown)
         self._finder = StopFinder(stops)
 
     def add(self, token: int) -> Cut:

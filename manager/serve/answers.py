@@ -194,7 +194,7 @@ class ChatAnswer(Answer):
             choice.add(piece)
             return [Delta(text=piece.text)] if piece.text else []
         reader = self._readers[index]
-        deltas = reader.add(reader.shown(piece))
+        deltas = reader.add(piece.text)
         if piece.finish_reason is not None:
             deltas += reader.end()
         choice.add(piece)

@@ -6,9 +6,9 @@ Knows the pipeline and the admission; no HTTP but the errors' numbers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from manager.encoding import Prompt
@@ -30,6 +30,7 @@ class Wanted:
     prompt: Prompt
     options: GenerationOptions
     constraint: Constraint | None = None
+    shown: Mapping[int, str] = field(default_factory=dict)  # special tokens that have a text here
 
 
 @dataclass(slots=True)
@@ -76,7 +77,9 @@ async def _one(run: Run, wanted: Wanted) -> AsyncGenerator[tuple[int, Piece], No
     started_s = asyncio.get_running_loop().time()
     async with run.admission.run():
         run.waited_s = asyncio.get_running_loop().time() - started_s
-        stream = run.pipeline.stream(wanted.prompt, wanted.options, constraint=wanted.constraint)
+        stream = run.pipeline.stream(
+            wanted.prompt, wanted.options, constraint=wanted.constraint, shown=wanted.shown
+        )
         try:
             async with aclosing(stream) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:

@@ -30,7 +30,7 @@ from manager.serve.requests import (
     check_top_logprobs,
     wanted_tokens,
 )
-from manager.serve.tools import Tools
+from manager.serve.tools import NO_TOOLS, ToolPlan, Tools
 from proto.errors import Error
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Draft:
     adapter: str | None
     num_choices: int
     first_choice: int = 0  # its number in the answer
-    grammar: str | None = None
+    plan: ToolPlan = NO_TOOLS
     is_scored: bool = False  # the prompt's own log-probabilities are asked for
     is_ranked: bool = False  # the likeliest choices are kept
     end_tokens: tuple[int, ...] = ()  # that end a text beside the model's own
@@ -191,7 +191,7 @@ class Service:
             num_top=num_top,
             adapter=adapter,
             num_choices=request.num_choices,
-            grammar=plan.grammar,
+            plan=plan,
         )
         wanted = await self._choices(pipeline, request, draft)
         answer = ChatAnswer(
@@ -286,8 +286,16 @@ class Service:
                 choice=choice,
                 end_tokens=draft.end_tokens,
             )
-            constraint = await self._constraint(request.response_format, draft.grammar)
-            wanted.append(Wanted(draft.first_choice + choice, draft.prompt, options, constraint))
+            constraint = await self._constraint(request.response_format, draft.plan.grammar)
+            wanted.append(
+                Wanted(
+                    draft.first_choice + choice,
+                    draft.prompt,
+                    options,
+                    constraint,
+                    draft.plan.marks,
+                )
+            )
         return wanted
 
     async def _constraint(

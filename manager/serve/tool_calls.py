@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from manager.generation import Piece
-
 NAME: Final = "made_up_function"
+OTHER: Final = "another_one"
 SPEECH: Final = "made up speech"
 KEY, VALUE = "made_up_key", "made_up_value"
 
@@ -27,6 +26,7 @@ class CallFormat:
     name_key: str
     arguments_key: str
     end: str
+    between: str | None = None  # two calls of a list, which begins and ends once; None: no lists
     special: tuple[tuple[int, str], ...] = ()  # tokens of those two that have no text of their own
 
 
@@ -50,15 +50,9 @@ def learn_format(render: Render) -> CallFormat | None:
     Returns:
         None where the template writes no calls, or not as JSON.
     """
-    call = {"type": "function", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
     asked = {"role": "user", "content": "?"}
     try:
-        with_call = render(
-            [
-                asked,
-                {"role": "assistant", "content": "", "tool_calls": [{"id": "a1b2c3d4e", **call}]},
-            ]
-        )
+        with_call = render([asked, _calling(NAME)])
         without = render([asked, {"role": "assistant", "content": SPEECH}])
     except Exception:  # whatever a template raises by itself
         return None
@@ -73,12 +67,41 @@ def learn_format(render: Render) -> CallFormat | None:
     before, _, after = without.partition(SPEECH)  # what begins and ends any answer
     if not with_call.startswith(before):
         return None
+    found_end = with_call[end:].removesuffix(after).rstrip()
     return CallFormat(
         begin=with_call[len(before) : start].lstrip(),
         name_key=name_key,
         arguments_key=arguments_key,
-        end=with_call[end:].removesuffix(after).rstrip(),
+        end=found_end,
+        between=_between(render, asked, found_end),
     )
+
+
+def _calling(*names: str) -> dict[str, Any]:
+    """A turn that asks for these functions."""
+    calls = [
+        {
+            "id": f"a1b2c3d{at:02}",  # nine signs, as some templates insist
+            "type": "function",
+            "function": {"name": name, "arguments": {KEY: VALUE}},
+        }
+        for at, name in enumerate(names)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _between(render: Render, asked: dict[str, Any], end: str) -> str | None:
+    """What stands between two calls, where it does not end one and begin another."""
+    try:
+        text = render([asked, _calling(NAME, OTHER)])
+    except Exception:  # one at a time, says the template
+        return None
+    first = _object_around(text, text.find(f'"{NAME}"'))
+    second = _object_around(text, text.find(f'"{OTHER}"'))
+    if first is None or second is None or not first[1] <= second[0]:
+        return None
+    between = text[first[1] : second[0]]
+    return between if between.strip() and not (end and between.startswith(end)) else None
 
 
 class CallReader:
@@ -91,6 +114,7 @@ class CallReader:
         self._in_call = False
         self._num_calls = 0
         self._is_first = True
+        self._is_last = False
 
     def add(self, text: str) -> list[Delta]:
         """More of the text."""
@@ -100,14 +124,18 @@ class CallReader:
             deltas.append(delta)
         return deltas
 
-    def shown(self, piece: Piece) -> str:
-        """The text of a piece, with what special tokens around a call look like."""
-        marks = [name for token, name in self._format.special if token in piece.token_ids]
-        return "".join(marks) + piece.text
-
     def end(self) -> list[Delta]:
-        """No text follows: a call that is not whole is text after all."""
-        deltas, self._held = ([Delta(text=self._held)] if self._held.strip() else []), ""
+        """No text follows: a call that is not whole is text after all.
+
+        One that only lacks what ends it is whole: that may be the very token that ends the text.
+        """
+        deltas = []
+        if self._in_call:
+            self._is_last = True
+            deltas = self.add("")
+        if self._held.strip():
+            deltas.append(Delta(text=self._held))
+        self._held = ""
         return deltas
 
     def _next(self) -> Delta | None:
@@ -124,11 +152,12 @@ class CallReader:
         if not isinstance(name, str):
             return None
         rest = self._held[end:].lstrip()
-        marker = self._format.end.strip()
-        if marker and len(rest) < len(marker) and marker.startswith(rest):
+        marks = [it.strip() for it in (self._format.end, self._format.between or "") if it.strip()]
+        ends = next((it for it in marks if rest.startswith(it)), "")
+        if not ends and not self._is_last and any(it.startswith(rest) for it in marks):
             return None  # what ends the call is on its way
-        self._held = rest.removeprefix(marker).lstrip()
-        self._in_call = False
+        self._held = rest.removeprefix(ends).lstrip()
+        self._in_call = bool(ends) and ends == (self._format.between or "").strip()
         index, self._num_calls = self._num_calls, self._num_calls + 1
         arguments = value.get(self._format.arguments_key, {})
         call = {

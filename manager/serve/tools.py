@@ -18,6 +18,7 @@ from manager.chat_template import write_chat
 from manager.serve.errors import bad_value
 from manager.serve.requests import ChatRequest, Tool
 from manager.serve.tool_calls import CallFormat, CallReader, learn_format
+from manager.text import special_tokens
 
 MAX_TOOLS: Final = 128
 ANY: Final[dict[str, Any]] = {"type": "object"}
@@ -36,10 +37,18 @@ class ToolPlan:
         """Whether calls are looked for in the text."""
         return self.call_format is not None
 
+    @property
+    def marks(self) -> dict[int, str]:
+        """Special tokens that begin or end a call, and what they look like to who reads it."""
+        return {} if self.call_format is None else dict(self.call_format.special)
+
     def reader(self) -> CallReader:
         """For one choice."""
         assert self.call_format is not None
         return CallReader(self.call_format)
+
+
+NO_TOOLS: Final = ToolPlan()
 
 
 class Tools:
@@ -95,12 +104,11 @@ class Tools:
 
     def _special(self, found: CallFormat) -> tuple[tuple[int, str], ...]:
         """The special tokens around a call: they have no text of their own when they come."""
+        around = (found.begin, found.between or "", found.end)
         return tuple(
-            (int(token), str(name))
-            for token, name in zip(
-                self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True
-            )
-            if name in found.begin or name in found.end
+            (token, name)
+            for token, name in special_tokens(self._tokenizer).items()
+            if any(name in text for text in around)
         )
 
 
@@ -134,7 +142,11 @@ def _chosen(tools: Sequence[Tool], choice: str | dict[str, Any]) -> list[Tool]:
 
 def _forced(found: CallFormat, tools: Sequence[Tool], *, many: bool) -> str:
     """Nothing but calls."""
-    more = "(SPACE? call)*" if many and found.begin.strip() else ""
+    if not many:
+        return f"{_HEAD}start: call\n{_call_rules(found, tools)}"
+    if found.between is not None:
+        return f"{_HEAD}start: calls\n{_call_rules(found, tools)}"
+    more = "(SPACE? call)*" if found.begin.strip() else ""
     return f"{_HEAD}start: call {more}\n{_call_rules(found, tools)}"
 
 
@@ -145,7 +157,7 @@ def _auto(found: CallFormat, tools: Sequence[Tool]) -> str | None:
         if not any(name in found.begin for _, name in found.special):
             trigger = trigger.replace("trigger:", "trigger[lazy]:")
         return (
-            f"{_HEAD}start: (trigger SPACE? body)* TEXT\nTEXT: /(.|\\n)*/\n{trigger}\n"
+            f"{_HEAD}start: (trigger SPACE? rest)* TEXT\nTEXT: /(.|\\n)*/\n{trigger}\n"
             f"{_call_rules(found, tools)}"
         )
     # Without a marker, an answer that begins as an object does is a call.
@@ -171,7 +183,14 @@ def _call_rules(found: CallFormat, tools: Sequence[Tool]) -> str:
     begin = f"{_terms(found.begin, found)} " if found.begin else ""
     end = f" {_terms(found.end, found)}" if found.end else ""
     bodies = " | ".join(f"body_{at}" for at in range(len(tools)))
-    rules = [f"call: {begin}body", f"body: ({bodies}){end}", "SPACE: /[ \\n]{1,4}/"]
+    more = "" if found.between is None else f" ({_terms(found.between, found)} body)*"
+    rules = [
+        f"call: {begin}body{end}",
+        f"calls: {begin}rest",
+        f"rest: body{more}{end}",
+        f"body: {bodies}",
+        "SPACE: /[ \\n]{1,4}/",
+    ]
     for at, tool in enumerate(tools):
         schema = {
             "type": "object",

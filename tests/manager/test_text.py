@@ -71,6 +71,29 @@ def test_a_character_never_comes_in_halves(text):
     assert REPLACEMENT in text or not any(REPLACEMENT in piece for piece in pieces)
 
 
+def test_a_special_token_that_is_shown_stands_where_it_came():
+    tokenizer, words = vocabulary("byte fallback")
+    the, fox, end = tokenizer.convert_tokens_to_ids(["▁the", "▁fox", "<|end|>"])
+    detokenizer = Detokenizer(words, shown={end: "<|end|>"})
+    pieces = [detokenizer.add(token) for token in (the, end, end, fox)]
+    assert pieces == ["the", "<|end|>", "<|end|>", " fox"]
+
+
+@given(token_ids=ids)
+def test_a_character_does_not_go_on_behind_a_shown_token(token_ids):
+    tokenizer, words = vocabulary("byte level")
+    end = tokenizer.eos_token_id
+    detokenizer = Detokenizer(words, shown={end: "<|end|>"})
+    joined = "".join([*(detokenizer.add(token) for token in token_ids), detokenizer.flush()])
+    parts: list[list[int]] = [[]]
+    for token in token_ids:
+        if token == end:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    assert joined == "<|end|>".join(whole("byte level", part) for part in parts)
+
+
 def test_special_tokens_are_silent():
     tokenizer, words = vocabulary("byte level")
     detokenizer = Detokenizer(words)

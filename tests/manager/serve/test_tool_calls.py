@@ -24,11 +24,13 @@ BARE = (
 LISTED = (
     "{% for m in messages %}{% if m.role == 'user' %}[I]{{ m.content }}[/I]{% elif m.tool_calls %}"
     "[CALLS] [{% for c in m.tool_calls %}{{ {'name': c.function.name, 'arguments': "
-    "c.function.arguments, 'id': c.id} | tojson }}{% endfor %}]</s>{% else %}{{ m.content }}</s>"
+    "c.function.arguments, 'id': c.id} | tojson }}{{ ', ' if not loop.last }}{% endfor %}]</s>"
+    "{% else %}{{ m.content }}</s>"
     "{% endif %}{% endfor %}"
 )
 TOLD = CallFormat("<tool_call>\n", "name", "arguments", "\n</tool_call>")
 PLAIN = CallFormat("", "name", "parameters", "")
+LIST = CallFormat("[CALLS] [", "name", "arguments", "]", ", ")
 
 
 def render(template: str) -> Any:
@@ -40,7 +42,7 @@ def render(template: str) -> Any:
     [
         (MARKED, TOLD),
         (BARE, PLAIN),
-        (LISTED, CallFormat("[CALLS] [", "name", "arguments", "]")),
+        (LISTED, CallFormat("[CALLS] [", "name", "arguments", "]", ", ")),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
         ("{{ raise_exception('no') }}", None),
         ("{% for m in messages %}{{ m.tool_calls }}{% endfor %}", None),
@@ -64,6 +66,7 @@ def read(call_format: CallFormat, text: str, size: int) -> tuple[str, list[tuple
     )
 
 
+ONE = '{"name": "f", "arguments": {"a": 1}}'
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}{<tool_call>"}}\n</tool_call>'
 
 
@@ -75,6 +78,10 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}{<tool_call>"}}\n</tool_
         (TOLD, CALL, ("", [("f", {"a": "}{<tool_call>"})])),
         (TOLD, f"So: {CALL}\n{CALL}", ("So: ", [("f", {"a": "}{<tool_call>"})] * 2)),
         (TOLD, '<tool_call>\n{"name": "f"', ('{"name": "f"', [])),
+        (TOLD, CALL.removesuffix("</tool_call>"), ("", [("f", {"a": "}{<tool_call>"})])),
+        (LIST, f"[CALLS] [{ONE}, {ONE}] So.", ("So.", [("f", {"a": 1})] * 2)),
+        (LIST, f"[CALLS] [{ONE}, {ONE}", ("", [("f", {"a": 1})] * 2)),
+        (LIST, f"see [1]: [CALLS] [{ONE}]", ("see [1]: ", [("f", {"a": 1})])),
         (PLAIN, '{"name": "g", "parameters": {}}', ("", [("g", {})])),
         (PLAIN, 'It is {"name": "g"}', ('It is {"name": "g"}', [])),
         (PLAIN, "", ("", [])),
