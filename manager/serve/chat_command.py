@@ -101,7 +101,10 @@ async def talk_with(
 def _body(options: GenerationOptions, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        for name in (
+            *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
+            "ignore_eos",
+        )
     }
     if options.stop:
         body["stop"] = list(options.stop)

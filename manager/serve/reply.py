@@ -210,6 +210,7 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
         task.cancel()
 
     watching = asyncio.ensure_future(watch())
+    watching.add_done_callback(_hear)
     try:
         await work()
         return True
@@ -218,5 +219,11 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
             return False
         raise  # somebody else wants this task to end
     finally:
+        # Not waited for: what is written down of a request is there before its client can ask.
         watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+
+
+def _hear(watching: asyncio.Future[None]) -> None:
+    """Why nobody watches any more concerns nobody else."""
+    if not watching.cancelled():
+        watching.exception()

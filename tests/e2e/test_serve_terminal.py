@@ -25,7 +25,7 @@ def test_top_shows_every_worker(
 def test_chat_answers_and_obeys(server: Server) -> None:
     lines = ["the quick", "/undo", "/system Be brief.", "the lazy \\", "dog", "/reset", "/help"]
     answer = manager(
-        *("chat", "--server", server.url, "--max-new-tokens", "6", "--seed", "3"),
+        *("chat", "--server", server.url, "--max-new-tokens", "6", "--seed", "3", "--ignore-eos"),
         stdin="\n".join([*lines, "/nothing", "/quit", "never read"]) + "\n",
     )
     assert answer.returncode == 0, answer.stderr
