@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.support.adapters import adapted
 from tests.support.chains import save_tiny_with_tokenizer
 from tests.support.forked_workers import Nursery
 from tests.support.serving import Server, until
@@ -31,6 +32,13 @@ SCHEMA = {
 }
 
 
+POEM: Any = {
+    "model": "verse",
+    "prompt": [5, 9, 40],
+    "max_tokens": 12,
+    "temperature": 0,
+    "extra_body": {"ignore_eos": True},
+}
 MARKS = ["<call>", "</call>"]  # what stands around a call in the chat template
 CLOCK: Any = {
     "type": "function",
@@ -48,11 +56,12 @@ CLOCK: Any = {
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose calls begin and end with special tokens."""
+    """A model whose calls begin and end with special tokens, and an adapter beside it."""
     folder = tmp_path_factory.mktemp("marked")
     made = save_tiny_with_tokenizer(folder, vocab_size=302, max_position_embeddings=4096)
     made.tokenizer.backend_tokenizer.add_special_tokens(MARKS)
     made.tokenizer.save_pretrained(folder)
+    adapted(made.model, folder / "verse")
     return folder
 
 
@@ -62,7 +71,7 @@ def test_a_spare_takes_over_in_the_middle_of_a_text_under_a_schema(marked: Path)
         workers = [nursery.start(*words, index) for index in ("0", "1", "1")]
         addresses = ",".join(worker.address for worker in workers)
         with (
-            Server("--workers", addresses) as server,
+            Server("--workers", addresses, "--adapter", f"verse={marked / 'verse'}") as server,
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
         ):
             wanted: Any = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
@@ -75,6 +84,7 @@ def test_a_spare_takes_over_in_the_middle_of_a_text_under_a_schema(marked: Path)
                 "max_tokens": 400,
             }
             check_call(client, server.model)
+            verse = client.completions.create(**POEM).choices[0].text
             undisturbed = client.chat.completions.create(**asked).choices[0]
             assert undisturbed.finish_reason == "stop"
             pieces = []
@@ -93,6 +103,8 @@ def test_a_spare_takes_over_in_the_middle_of_a_text_under_a_schema(marked: Path)
             until(is_replaced)  # the whole text may have been on its way to a slow reader before
             assert server.metric("comboio_pipeline_losses_total") == 1
             assert server.said("going on workers=")
+            # The adapter was this server's own: whoever is new has it now, and the others still.
+            assert client.completions.create(**POEM).choices[0].text == verse
 
 
 def check_call(client: openai.OpenAI, model: str) -> None:
