@@ -35,8 +35,8 @@ class LinkSettings:
 DEFAULT_SETTINGS: Final = LinkSettings()
 # Of a listener: nobody waits for it, and a manager that imports a large library for a moment, or
 # whose terminal was paused, is not gone. One that died closes its socket, which is seen at once.
-# It says nothing with a payload, so a peer that does not read needs little room: some thousand
-# tokens, in answers of which the largest is 1 MiB.
+# Its answers are small, so a peer that does not read needs little room: thousands of tokens, or the
+# log-probabilities of 20 steps of 512 tokens of a prompt, at 804 bytes each.
 LISTENER_SETTINGS: Final = LinkSettings(
     missed_heartbeats=20, max_unsent_bytes=8 * MAX_METADATA_BYTES
 )

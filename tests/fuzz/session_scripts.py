@@ -40,6 +40,7 @@ from proto.messages import (
     Routed,
     Run,
     Sampling,
+    Scoring,
     SectionRefused,
     Status,
     StatusRequest,
@@ -220,6 +221,7 @@ def _steps(
                 rope_length=start + size,
                 sampling=_sampling(dice, world),
                 adapter=adapter,
+                scoring=_scoring(dice, size),
             )
             for sequence, (start, size) in enumerate(zip(lengths, sizes, strict=True))
         ]
@@ -241,6 +243,15 @@ def _sampling(dice: random.Random, world: World) -> Sampling | None:
     if kind == 3:
         return Sampling(temperature=1.0, num_mask_words=-(-world.vocab_size // 32))
     return Sampling()
+
+
+def _scoring(dice: random.Random, num_tokens: int) -> Scoring | None:
+    if num_tokens < 2 or dice.random() < 0.7:
+        return None
+    first_row = dice.randrange(num_tokens - 1)
+    if dice.random() < 0.5:
+        return Scoring(first_row=first_row, num_rows=num_tokens - 1 - first_row, top=2)
+    return Scoring(first_row=first_row, num_rows=num_tokens - first_row, top=0, next_token=9)
 
 
 def payload_of(dice: random.Random, world: World, step: Step) -> bytes:
@@ -389,13 +400,18 @@ def _odd_run(dice: random.Random, world: World, acts: list[Act]) -> None:
     runs = list(said) if isinstance(said, list) else []
     if not runs or not all(isinstance(run, Run) for run in runs):
         return
-    way, place = dice.randrange(6), dice.randrange(len(runs))
+    way, place = dice.randrange(7), dice.randrange(len(runs))
     if way == 0:
         runs.append(runs[place])
     elif way == 1:
         sampling = runs[place].sampling
         changed = _changed(dice, sampling if isinstance(sampling, Sampling) else Sampling())
         runs[place] = _with(runs[place], sampling=changed)
+    elif way == 6:
+        scoring = runs[place].scoring
+        known = isinstance(scoring, Scoring)
+        odd = scoring if known else Scoring(first_row=0, num_rows=1, top=3, next_token=5)
+        runs[place] = _with(runs[place], scoring=_changed(dice, odd))
     elif way == 2:
         runs = (runs * dice.choice((0, 50, 4097)))[:4097]
     else:
