@@ -14,6 +14,8 @@ from manager.generation import GenerationOptions
 from manager.text import Vocabulary
 from proto.messages import Drawn, StepDone
 
+NOTHING = memoryview(b"")  # no payload
+
 
 class Writer:
     """Keeps the steps that would go to the first worker."""
@@ -46,11 +48,13 @@ async def test_a_token_that_the_vocabulary_has_not_ends_its_request_and_no_other
     )
     [step] = writer.steps[:1]
     done = [drawn] + [Drawn(sequence=it.sequence, token=7) for it in step.runs if it.sequence]
-    dispatcher.step_done(StepDone(lease=bytes(16), step=step.step, drawn=done), dispatcher.epoch)
+    dispatcher.step_done(
+        StepDone(lease=bytes(16), step=step.step, drawn=done), NOTHING, dispatcher.epoch
+    )
     for later in writer.steps[1:]:
         rest = [Drawn(sequence=it.sequence, token=7) for it in later.runs]
         dispatcher.step_done(
-            StepDone(lease=bytes(16), step=later.step, drawn=rest), dispatcher.epoch
+            StepDone(lease=bytes(16), step=later.step, drawn=rest), NOTHING, dispatcher.epoch
         )
     assert (odd.completion().finish_reason, odd.completion().token_ids) == ("error", ())
     assert "drew a token that the vocabulary of 100 has not" in (odd.completion().error or "")
