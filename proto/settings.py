@@ -25,7 +25,6 @@ The file has one table a program, and may spell keys with `_` or `-`:
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -40,6 +39,7 @@ TABLES: Final = ("worker", "manager", "slurm")
 FILE_NAME: Final = "comboio.toml"
 ENV_PREFIX: Final = "COMBOIO_"
 FILE_VARIABLE: Final = "COMBOIO_CONFIG"  # path of another file than ./comboio.toml
+NO_FILE: Final = "/dev/null"
 
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -74,7 +74,7 @@ def settings_file(environ: Mapping[str, str]) -> Path | None:
     named = environ.get(FILE_VARIABLE, "")
     if not named:
         return Path(FILE_NAME) if Path(FILE_NAME).is_file() else None
-    if named == os.devnull:
+    if named == NO_FILE:
         return None
     if not Path(named).is_file():
         raise UsageError(f"{FILE_VARIABLE} names {named!r}, and there is no such file.")
