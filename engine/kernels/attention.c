@@ -5,10 +5,12 @@
 #include <stdatomic.h>
 
 extern const AttentionKernels portable_attention_kernels, avx2_attention_kernels,
-    avx512_attention_kernels, avx512bf16_attention_kernels, neon_attention_kernels;
+    avx512_attention_kernels, avx512bf16_attention_kernels, amx_attention_kernels,
+    neon_attention_kernels;
 
 static const AttentionKernels *kernels(void) {
 #if defined(HAVE_X86)
+    if (allowed_isa & ISA_AMX) return &amx_attention_kernels;
     if (allowed_isa & ISA_AVX512_BF16) return &avx512bf16_attention_kernels;
     if (allowed_isa & ISA_AVX512) return &avx512_attention_kernels;
     if (allowed_isa & ISA_AVX2) return &avx2_attention_kernels;
@@ -63,7 +65,9 @@ static void attend_pieces(void *context, int64_t begin, int64_t end) {
         int64_t tokens = piece->run->num_tokens, apart = partial_floats(work->all->site, tokens);
         Partial out =
             partial_at(piece->partials + piece->index * apart, work->all->site, tokens);
-        if (!work->kernels->stretch(work->all, piece->run, piece->begin, piece->end, out))
+        /* What follows is asked for if it is this thread's. */
+        int64_t stop = i + 1 < end && piece[1].run == piece->run ? piece[1].end : piece->end;
+        if (!work->kernels->stretch(work->all, piece->run, piece->begin, piece->end, stop, out))
             atomic_store(&work->out_of_memory, 1);
         else if (piece->of == 1)
             work->kernels->finish(work->all, piece->run, piece->partials, 1);

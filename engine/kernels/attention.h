@@ -73,9 +73,53 @@ INLINE int64_t slot_of(const int64_t *table, int64_t position) {
     return table[position / BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS;
 }
 
+/* Memory of the next tile, asked for a few lines at a time and in its own order while this tile is
+ * computed: only that comes near the memory's speed. */
 typedef struct {
-    /* Positions [begin, end) of one run; 0 where there is no memory. */
-    int (*stretch)(const Attention *all, const Run *run, int64_t begin, int64_t end, Partial out);
+    const char *at, *end; /* of the part that is being asked for */
+    int next, parts;
+    struct {
+        const char *at, *end;
+    } part[2 * TILE_TOKENS / BLOCK_TOKENS];
+    int lines; /* of all parts together */
+} Ahead;
+
+INLINE void look_ahead(Ahead *ahead, const Site *site, const int64_t *table, int64_t begin,
+                       int64_t end) {
+    const char *memory[2] = {(const char *)site->keys, (const char *)site->values};
+    int64_t block[2] = {site->key_size, site->value_size};
+    ahead->at = ahead->end = NULL;
+    ahead->next = ahead->parts = ahead->lines = 0;
+    for (int64_t at = begin; at < begin + TILE_TOKENS && at < end; at += BLOCK_TOKENS)
+        for (int i = 0; i < 2; i++) {
+            int64_t bytes = BLOCK_TOKENS * site->kv_heads * block[i] * dtype_bytes(site->dtype);
+            const char *from = memory[i] + table[at / BLOCK_TOKENS] * bytes;
+            ahead->part[ahead->parts].at = from;
+            ahead->part[ahead->parts++].end = from + bytes;
+            ahead->lines += (int)(bytes / 64);
+        }
+}
+
+INLINE void ask(Ahead *ahead, int lines) {
+    const char *at = ahead->at;
+    if (at >= ahead->end) {
+        if (ahead->next == ahead->parts) return;
+        at = ahead->part[ahead->next].at;
+        ahead->end = ahead->part[ahead->next++].end;
+    }
+    const char *stop = at + 64 * lines < ahead->end ? at + 64 * lines : ahead->end;
+    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    ahead->at = at;
+}
+
+/* Lines of each of so many steps. */
+INLINE int share(int lines, int64_t steps) { return (int)((lines + steps - 1) / steps); }
+
+typedef struct {
+    /* Positions [begin, end) of one run, while memory is asked for up to position `stop`; 0 where
+     * there is no memory. */
+    int (*stretch)(const Attention *all, const Run *run, int64_t begin, int64_t end, int64_t stop,
+                   Partial out);
     /* The run's result from all its stretches, which lie `partial_floats` apart. */
     void (*finish)(const Attention *all, const Run *run, float *partials, int64_t count);
 } AttentionKernels;

@@ -45,45 +45,6 @@ LANE_FUNCTION void widen(float *to, const void *from, int64_t size, int dtype) {
     for (; at < padded(size); at += LANES) store(to, at, (Floats){0}, F32);
 }
 
-/* Memory of the next tile, asked for a few lines at a time and in its own order while this tile is
- * computed: only that comes near the memory's speed. */
-typedef struct {
-    struct {
-        const char *at, *end;
-    } part[2 * TILE_TOKENS / BLOCK_TOKENS + 1];
-    int now;   /* which part; the last one is empty */
-    int lines; /* of all parts together */
-} Ahead;
-
-TARGET static void look_ahead(Ahead *ahead, const Site *site, const int64_t *table, int64_t begin,
-                              int64_t end) {
-    const char *memory[2] = {(const char *)site->keys, (const char *)site->values};
-    int64_t block[2] = {site->key_size, site->value_size};
-    int parts = 0;
-    ahead->now = ahead->lines = 0;
-    for (int64_t at = begin; at < begin + TILE_TOKENS && at < end; at += BLOCK_TOKENS) {
-        for (int i = 0; i < 2; i++, parts++) {
-            int64_t bytes = BLOCK_TOKENS * site->kv_heads * block[i] * dtype_bytes(site->dtype);
-            ahead->part[parts].at = memory[i] + table[at / BLOCK_TOKENS] * bytes;
-            ahead->part[parts].end = ahead->part[parts].at + bytes;
-            ahead->lines += (int)(bytes / 64);
-        }
-    }
-    ahead->part[parts].at = ahead->part[parts].end = NULL;
-}
-
-LANE_FUNCTION void ask(Ahead *ahead, int lines) {
-    const char *at = ahead->part[ahead->now].at;
-    for (int i = 0; i < lines; i++, at += 64) {
-        if (at >= ahead->part[ahead->now].end) {
-            if (!ahead->part[ahead->now].end) return;
-            at = ahead->part[++ahead->now].at;
-        }
-        __builtin_prefetch(at);
-    }
-    ahead->part[ahead->now].at = at;
-}
-
 /* A tile's keys or values of one KV head. */
 LANE_FUNCTION void widen_tile(float *to, const char *from, const int64_t *slots, int64_t first,
                               int64_t count, int64_t slot_bytes, int64_t size, int dtype,
@@ -240,13 +201,8 @@ TARGET static void add_all_values(const Workspace *space, float *sums, int64_t r
     }
 }
 
-/* Half of the lines, spread over so many steps. */
-LANE_FUNCTION int share(int lines, int64_t steps) {
-    return (int)((lines / 2 + steps - 1) / steps);
-}
-
 LANE_FUNCTION int stretch_of(const Attention *all, const Run *run, int64_t begin, int64_t end,
-                             Partial out, int dtype) {
+                             int64_t stop, Partial out, int dtype) {
     const Site *site = all->site;
     const int64_t *table = all->tables + run->table;
     const int64_t key_size = site->key_size, value_size = site->value_size;
@@ -275,10 +231,11 @@ LANE_FUNCTION int stretch_of(const Attention *all, const Run *run, int64_t begin
         const int64_t first = begin > at ? begin - at : 0;
         count = end - at < TILE_TOKENS ? end - at : TILE_TOKENS;
         for (int64_t t = 0; t < count; t++) slots[t] = slot_of(table, at + t);
-        look_ahead(&ahead, site, table, at + count, end);
-        const int for_scores = share(ahead.lines, site->kv_heads * ((count + LANES - 1) / LANES) *
-                                                      ((rows + QUERY_ROWS - 1) / QUERY_ROWS));
-        const int for_values = share(ahead.lines, site->kv_heads * count);
+        look_ahead(&ahead, site, table, at + count, stop);
+        const int half = ahead.lines / 2;
+        const int for_scores = share(half, site->kv_heads * ((count + LANES - 1) / LANES) *
+                                               ((rows + QUERY_ROWS - 1) / QUERY_ROWS));
+        const int for_values = share(half, site->kv_heads * count);
         for (int64_t head = 0; head < site->kv_heads; head++) {
             const char *keys = (const char *)site->keys + head * key_size * dtype_bytes(dtype);
             const char *values =
@@ -349,11 +306,11 @@ LANE_FUNCTION void finish_as(const Attention *all, const Run *run, float *partia
 }
 
 TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, int64_t end,
-                          Partial out) {
+                          int64_t stop, Partial out) {
     switch (all->site->dtype) {
-        case BF16: return stretch_of(all, run, begin, end, out, BF16);
-        case F16: return stretch_of(all, run, begin, end, out, F16);
-        default: return stretch_of(all, run, begin, end, out, F32);
+        case BF16: return stretch_of(all, run, begin, end, stop, out, BF16);
+        case F16: return stretch_of(all, run, begin, end, stop, out, F16);
+        default: return stretch_of(all, run, begin, end, stop, out, F32);
     }
 }
 

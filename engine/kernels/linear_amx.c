@@ -7,20 +7,11 @@
 #include <immintrin.h>
 
 #include "linear.h"
+#include "tiles.h"
 
 /* Fewer tokens than this are AVX-512's. */
 enum { TILE_TOKENS_BF16 = 2, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
 /* Tiles 0-3 are sums, 4 and 5 tokens, 6 and 7 weights. */
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileShapes;
-
-/* gcc takes the tile instructions for ones that read no memory: what was written for them must be
- * there before. */
-INLINE void written(const void *memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
-
 TARGET_AMX static void enter(int format, int tokens) {
     int deep = format == FORMAT_INT4 ? 8 : 16; /* int4 has a scale every 8 x 4 columns */
     TileShapes shapes = {.palette = 1};

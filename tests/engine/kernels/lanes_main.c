@@ -34,7 +34,7 @@ static int attention(const AttentionKernels *kernels) {
     for (; begin < stop; count++) {
         int64_t end = (begin / STRETCH_TOKENS + 1) * STRETCH_TOKENS;
         Partial part = partial_at(partials + count * apart, site, tokens);
-        if (!kernels->stretch(&all, run, begin, end < stop ? end : stop, part)) return 4;
+        if (!kernels->stretch(&all, run, begin, end < stop ? end : stop, stop, part)) return 4;
         begin = end;
     }
     kernels->finish(&all, run, partials, count);

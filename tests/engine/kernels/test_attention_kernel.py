@@ -118,8 +118,10 @@ class Sequences:
         min_size=1,
         max_size=3,
     ),
-    heads=st.sampled_from([(1, 1), (4, 4), (8, 2), (6, 1), (15, 5)]),
-    sizes=st.sampled_from([(64, 64), (32, 32), (80, 80), (6, 2), (40, 24), (96, 64), (1, 1)]),
+    heads=st.sampled_from([(1, 1), (4, 4), (8, 2), (6, 1), (15, 5), (8, 1)]),
+    sizes=st.sampled_from(
+        [(64, 64), (32, 32), (80, 80), (6, 2), (40, 24), (96, 64), (192, 128), (1, 1)]
+    ),
     dtype=st.sampled_from(list(CLOSE)),
     rule=st.sampled_from(RULES),
     softcap=st.sampled_from([None, 2.0]),
