@@ -18,7 +18,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
 
 # Stamps: what a user needs, what fine-tuning needs beside it, what the tests need. Each is made
-# once, and made again when a dependency or a pin changes.
+# once, and made again when a dependency, a pin or a kernel changes.
 RUN_STAMP  := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 FINETUNE_STAMP := $(VENV)/.installed-finetune
@@ -34,7 +34,7 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu:" \
 	    "sudo apt install python3-venv" >&2; exit 1; }
 
-$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(RUN_STAMP): pyproject.toml constraints.txt $(wildcard engine/kernels/*.[ch]) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
 

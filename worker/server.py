@@ -369,7 +369,7 @@ def say_how_weights_are_held(stage: Stage) -> None:
     """Log what multiplies, what is quantized, and what of the matrices is not."""
     from engine.kernels import native  # beside torch, which is here by now
 
-    log.info(f"kernels: {native.name()}")
+    log.info(f"kernels: {native.description()}")
     packed = stage.packed
     if packed.packing is None or not packed.packing.is_lossy:
         return

@@ -63,5 +63,6 @@ PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     for (PyMethodDef *const *methods = METHODS; module && *methods; methods++)
         if (PyModule_AddFunctions(module, *methods)) Py_CLEAR(module);
+    if (module && PyModule_AddIntConstant(module, "VERSION", KERNELS_VERSION)) Py_CLEAR(module);
     return module;
 }

@@ -1,8 +1,9 @@
 """The compiled kernels: whether they are here, which instruction set they use, how many threads.
 
 They were built at installation if a compiler was there; else, and with COMBOIO_KERNELS=torch,
-`library` is None and callers take their torch path. COMBOIO_KERNELS also names one instruction
-set, which is for tests and for finding a fault. Knows nothing of what the kernels compute.
+`library` is None and callers take their torch path. So they do where what was built is of another
+version than this file. COMBOIO_KERNELS also names one instruction set, which is for tests and for
+finding a fault. Knows nothing of what the kernels compute.
 """
 
 from __future__ import annotations
@@ -25,15 +26,30 @@ CHOICES: Final = (
 )  # fmt: skip
 
 
-def _compiled() -> Any:
+# As in native.h.
+VERSION: Final = 1
+
+
+def _compiled() -> tuple[Any, str]:
+    """The compiled module, or None and why not, with how to mend it."""
     try:
         from engine.kernels import _native  # type: ignore[attr-defined]
-    except ImportError:
-        return None
-    return _native
+    except ImportError as exc:
+        return None, (
+            f"the compiled part of Comboio is not there ({exc}): "
+            "install a C compiler (gcc or clang), then Comboio again"
+        )
+    found = getattr(_native, "VERSION", "an earlier one")
+    if found != VERSION:
+        return None, (
+            f"the compiled part of Comboio, {_native.__file__}, is of another version "
+            f"({found}, needed is {VERSION}): install Comboio again "
+            "(in a checkout: pip install -e .)"
+        )
+    return _native, ""
 
 
-_built: Final = _compiled()
+_built, _why_not = _compiled()
 library: Any = None  # the compiled module while its kernels are in use
 
 
@@ -53,8 +69,7 @@ def choose(name: str) -> None:
         return
     if _built is None:
         raise UsageError(
-            f"the kernels {name!r} need the compiled part of Comboio, which is not installed: "
-            "install a C compiler (gcc or clang), then Comboio again; or unset COMBOIO_KERNELS."
+            f"the kernels {name!r} cannot be used here: {_why_not}; or unset COMBOIO_KERNELS."
         )
     try:
         _built.choose(name)
@@ -110,6 +125,11 @@ _NAMES: Final = {
 def name() -> str:
     """The instruction set in use, such as "avx512-vnni-bf16+amx", or "torch" without kernels."""
     return TORCH if library is None else str(library.name())
+
+
+def description() -> str:
+    """`name()`, and where torch computes because something is amiss, what that is."""
+    return name() if library is not None or _built is not None else f"{name()}, since {_why_not}"
 
 
 def set_threads(threads: int) -> None:

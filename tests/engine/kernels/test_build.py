@@ -71,6 +71,38 @@ def test_the_environment_can_name_the_kernels():
     assert done.stdout.strip() == "torch"
 
 
+@pytest.mark.parametrize("found", ["VERSION = 0", ""])
+def test_what_was_compiled_of_another_version_is_left_alone_and_said_to_be(tmp_path, found):
+    """As after a pull into a checkout, whose compiled part is still the one from before."""
+    (tmp_path / "_native.py").write_text(found)
+    code = (
+        "import engine.kernels; engine.kernels.__path__.insert(0, sys.argv[1])\n"
+        "from engine.kernels import native; from proto.errors import UsageError\n"
+        "print(native.name(), native.description(), sep='\\n')\n"
+        "try: native.choose('portable')\n"
+        "except UsageError as exc: print(exc)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={key: it for key, it in os.environ.items() if key != "COMBOIO_KERNELS"},
+    )  # fmt: skip
+    name, description, refusal = done.stdout.splitlines()
+    assert name == "torch"
+    assert description.startswith("torch, since the compiled part of Comboio")
+    assert str(tmp_path / "_native.py") in description
+    assert "pip install -e ." in description
+    assert refusal.startswith("the kernels 'portable' cannot be used here: ")
+    assert "pip install -e ." in refusal
+
+
+def test_the_compiled_part_says_the_version_that_python_wants():
+    from engine.kernels import native
+
+    header = (KERNELS / "native.h").read_text()
+    assert f"enum {{ KERNELS_VERSION = {native.VERSION} }};" in header
+
+
 def build(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """What installing does with the C files, into a folder of its own."""
     return subprocess.run(
