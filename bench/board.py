@@ -2,7 +2,8 @@
 
     python bench/board.py [--bits int4] [--quick]
 
-Random weights; one core and one thread a worker. Resident memory of each worker when one stream of
+Random weights, and rotary factors of the right number but invented values, since those of Phi-3.5
+are learnt; one core and one thread a worker. Resident memory of each worker when one stream of
 2,000 tokens is in its KV, and tokens a second; the first run packs 7.6 GB, which takes a while.
 """
 
