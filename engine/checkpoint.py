@@ -151,9 +151,11 @@ class Checkpoint:
         Reads (or downloads) the file's header if it was not yet.
 
         Raises:
-            ModelError: the file does not have it.
+            ModelError: the file does not have it, or is not there.
         """
-        file = self._files[key]
+        file, copy = self._files[key], self._copy
+        if copy is not None and file not in copy.files and self._source.locate(file) is None:
+            raise _hole(copy, key)  # copying had not come so far
         try:
             return self._header(file)[key]
         except KeyError:
@@ -171,10 +173,7 @@ class Checkpoint:
         entry, copy = self.announced(key), self._copy
         file = entry.file
         if copy is not None and not copy.holds(file, entry.offset, entry.offset + entry.num_bytes):
-            raise ModelError(
-                f"{copy.folder} is a copy of layers {copy.layers[0]}:{copy.layers[1]} of "
-                f"{copy.name}, without tensor {key!r}: point --model at the whole checkpoint"
-            )
+            raise _hole(copy, key)
         return entry
 
     def locate(self, file: str) -> Path:
@@ -386,6 +385,13 @@ def _find(model: str | None) -> _Folder | _Hub:
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise ModelError(f"--model {model}: there is no such folder")
     return _Hub(model)
+
+
+def _hole(copy: StagedCopy, key: str) -> ModelError:
+    return ModelError(
+        f"{copy.folder} is a copy of layers {copy.layers[0]}:{copy.layers[1]} of {copy.name}, "
+        f"without tensor {key!r}: point --model at the whole checkpoint"
+    )
 
 
 def check_link(path: Path) -> None:
