@@ -20,6 +20,7 @@ from manager.worker_process import WorkerProcess, end_all, with_this_installatio
 from proto.address import Address
 from proto.cores import cores_each
 from proto.errors import Error, UsageError
+from proto.settings import FILE_VARIABLE, NO_FILE
 from proto.tls import TlsFiles
 
 MAX_SPAWNED: Final = 64
@@ -205,4 +206,4 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         for key, value in environ.items()
         if not key.startswith("COMBOIO_") or key in OF_THE_MACHINE
     }
-    return with_this_installation(kept) | {"COMBOIO_CONFIG": os.devnull}
+    return with_this_installation(kept) | {FILE_VARIABLE: NO_FILE}
