@@ -34,7 +34,6 @@ MAGNITUDE: Final = "magnitude"  # (out_features,), DoRA's
 
 _MAX_CONFIG_BYTES: Final = 4 * 2**20
 _MAX_TENSORS: Final = 200_000
-_MAX_KEY_CHARS: Final = 512
 _PREFIX: Final = "base_model.model."
 _KEY: Final = re.compile(
     rf"{re.escape(_PREFIX)}(?P<path>.+)\."
@@ -163,11 +162,6 @@ class AdapterFiles:
     def _by_module(self, header: Mapping[str, TensorEntry]) -> dict[str, dict[str, StoredTensor]]:
         modules: dict[str, dict[str, StoredTensor]] = {}
         for key, entry in header.items():
-            if len(key) > _MAX_KEY_CHARS:
-                raise AdapterError(
-                    f"{self._weights}: a tensor has a name of {len(key)} characters, "
-                    f"{key[:40]!r}...: no module has such a path; save the adapter again."
-                )
             match = _KEY.fullmatch(key)
             if match is None:
                 raise AdapterError(f"{self._weights}: {_why_not(key)}.")
