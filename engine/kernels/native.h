@@ -12,7 +12,7 @@
 
 /* Of what Python hands over and what lies packed on disks: raised, here and in native.py, whenever
  * arguments, structures or layouts change, so that neither meets the other of another version. */
-enum { KERNELS_VERSION = 1 };
+enum { KERNELS_VERSION = 2 };
 
 /* Element types, by the numbers that `engine.kernels.native.DTYPES` gives them. */
 enum { BF16 = 0, F16 = 1, F32 = 2 };

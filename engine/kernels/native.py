@@ -27,7 +27,7 @@ CHOICES: Final = (
 
 
 # As in native.h.
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 def _compiled() -> tuple[Any, str]:

@@ -42,27 +42,25 @@ static PyObject *run(int64_t rows, int64_t row_elements, Task task, void *contex
     Py_RETURN_NONE;
 }
 
-/* x, residual, weight, bias, out; stride, inner, inner_stride; rows, size, dtype, centred,
- * round_first; epsilon and weight_offset as float. */
+/* x, residual, weight, out; stride, inner, inner_stride; rows, size, dtype, round_first; epsilon and
+ * weight_offset as float. */
 static PyObject *py_norm(PyObject *module, PyObject *const *args, Py_ssize_t num_args) {
-    int64_t number[13];
-    if (!integers(args, num_args - 2, 13, number)) return NULL; /* 15 in all */
-    double epsilon = PyFloat_AsDouble(args[13]), offset = PyFloat_AsDouble(args[14]);
+    int64_t number[11];
+    if (!integers(args, num_args - 2, 11, number)) return NULL; /* 13 in all */
+    double epsilon = PyFloat_AsDouble(args[11]), offset = PyFloat_AsDouble(args[12]);
     if (PyErr_Occurred()) return NULL;
     Norm norm = {
         .x = (const char *)number[0],
         .residual = (char *)number[1],
         .weight = (const char *)number[2],
-        .bias = (const char *)number[3],
-        .out = (char *)number[4],
-        .stride = number[5],
-        .inner = number[6],
-        .inner_stride = number[7],
-        .rows = number[8],
-        .size = number[9],
-        .dtype = (int)number[10],
-        .centred = (int)number[11],
-        .round_first = (int)number[12],
+        .out = (char *)number[3],
+        .stride = number[4],
+        .inner = number[5],
+        .inner_stride = number[6],
+        .rows = number[7],
+        .size = number[8],
+        .dtype = (int)number[9],
+        .round_first = (int)number[10],
         .epsilon = (float)epsilon,
         .weight_offset = (float)offset,
     };

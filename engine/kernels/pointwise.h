@@ -13,13 +13,12 @@ enum { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 typedef struct {
     const char *x;
     char *residual; /* NULL, or becomes x + residual, which is then what is normed */
-    const char *weight, *bias; /* NULL: none */
+    const char *weight;
     char *out;
     int64_t stride, inner, inner_stride; /* of x: row r is at r / inner and r % inner */
     int64_t rows, size;                  /* of residual and out too, which have nothing between */
     int dtype;
-    int centred;     /* layer norm: the mean is taken off, and all is rounded once */
-    int round_first; /* rms norm: round before the weight is applied, as Llama does, not after */
+    int round_first; /* round before the weight is applied, as Llama does, not after */
     float epsilon;
     float weight_offset; /* added to every weight: 1 for Gemma */
 } Norm;

@@ -15,13 +15,6 @@ LANE_FUNCTION void store_up_to(void *to, int64_t at, int64_t count, Floats x, in
 
 /* ---- norms ---- */
 
-LANE_FUNCTION Floats only_first(Floats x, int64_t count) {
-    if (count >= LANES) return x;
-    Ints lane;
-    UNROLL for (int i = 0; i < LANES; i++) lane[i] = i;
-    return choose(lane < (int32_t)count, x, (Floats){0});
-}
-
 /* x, after the residual was added and stored. */
 LANE_FUNCTION Floats take(const char *x, char *residual, int64_t at, int64_t count, int dtype) {
     Floats sum = load_up_to(x, at, count, dtype);
@@ -40,29 +33,17 @@ LANE_FUNCTION void norm_row(const Norm *norm, int64_t row, int dtype) {
     Floats sum[4] = {{0}};
     for (int64_t at = 0; at < size; at += LANES) {
         Floats taken = take(x, residual, at, size - at, dtype);
-        sum[at / LANES & 3] += norm->centred ? taken : taken * taken;
+        sum[at / LANES & 3] += taken * taken;
     }
     if (residual) x = residual;
-    float mean = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) * share, square = mean;
-    if (norm->centred) {
-        UNROLL for (int i = 0; i < 4; i++) sum[i] = (Floats){0};
-        for (int64_t at = 0; at < size; at += LANES) {
-            Floats off = only_first(load_up_to(x, at, size - at, dtype) - mean, size - at);
-            sum[at / LANES & 3] += off * off;
-        }
-        square = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) * share;
-    } else {
-        mean = 0.0f;
-    }
+    const float square = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) * share;
     const float scale = 1.0f / __builtin_sqrtf(square + norm->epsilon);
     char *out = norm->out + row * size * dtype_bytes(dtype);
     for (int64_t at = 0; at < size; at += LANES) {
         int64_t count = size - at;
-        Floats y = (load_up_to(x, at, count, dtype) - mean) * scale;
+        Floats y = load_up_to(x, at, count, dtype) * scale;
         if (norm->round_first) y = rounded_to(y, dtype);
-        if (norm->weight)
-            y *= load_up_to(norm->weight, at, count, dtype) + norm->weight_offset;
-        if (norm->bias) y += load_up_to(norm->bias, at, count, dtype);
+        y *= load_up_to(norm->weight, at, count, dtype) + norm->weight_offset;
         store_up_to(out, at, count, y, dtype);
     }
 }

@@ -42,19 +42,16 @@ static int attention(const AttentionKernels *kernels) {
     return 0;
 }
 
-/* x, other: (rows, size) both. Out come the norms of x, x turned by tables made of `other`, and each
+/* x, other: (rows, size) both. Out come the norm of x, x turned by tables made of `other`, and each
  * activation of x times `other`. */
 static int pointwise(const PointwiseKernels *kernels) {
     int64_t *sizes = take(3 * sizeof *sizes); /* rows, size, dtype */
     int64_t rows = sizes[0], size = sizes[1], bytes = rows * size * dtype_bytes((int)sizes[2]);
     char *x = take(bytes), *other = take(bytes), *out = malloc(bytes);
-    for (int centred = 0; centred < 2; centred++) {
-        Norm norm = {.x = x, .weight = other, .out = out, .stride = size, .inner = 1,
-                     .rows = rows, .size = size, .dtype = (int)sizes[2], .centred = centred,
-                     .round_first = !centred, .epsilon = 1e-5f};
-        kernels->norm(&norm, 0, rows);
-        fwrite(out, 1, bytes, stdout);
-    }
+    Norm norm = {.x = x, .weight = other, .out = out, .stride = size, .inner = 1, .rows = rows,
+                 .size = size, .dtype = (int)sizes[2], .round_first = 1, .epsilon = 1e-5f};
+    kernels->norm(&norm, 0, rows);
+    fwrite(out, 1, bytes, stdout);
     for (int activation = SILU; activation <= RELU; activation++) {
         Gated gated = {x, other, out, size, size, size, rows, size, (int)sizes[2], activation};
         kernels->gated(&gated, 0, rows);
