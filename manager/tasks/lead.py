@@ -17,7 +17,7 @@ from manager.options import ConnectionConfig
 from manager.output import Notices
 from manager.slurm.pipeline_job import PipelineJob
 from manager.tasks.array_results import join_parts
-from manager.tasks.node_report import check_all_worked, describe, look_at_nodes
+from manager.tasks.node_report import NodeReport, check_all_worked, describe, look_at_nodes
 from manager.tasks.rendezvous import Rendezvous, TaskNote, failure, missing
 from manager.tasks.section import say
 from manager.tasks.slurm_task import SlurmTask
@@ -55,8 +55,7 @@ class Lead:
         started_s = time.monotonic()
         notes = await self._all_ready(None)
         say(f"all {len(notes)} sections are ready after {time.monotonic() - started_s:.1f} s")
-        await self._send_token(notes)
-        before = await look_at_nodes(notes, self._secret_file)
+        notes, before = await self._try_out(notes)
         try:
             notes = await self._work(notes)
         finally:
@@ -121,6 +120,15 @@ class Lead:
                 say(f"{_late(late, notes)} not ready yet")
         raise AssertionError("changes() does not end")
 
+    async def _try_out(self, notes: Notes) -> tuple[Notes, list[NodeReport]]:
+        """A token through all sections; where they are now, and what each had counted then."""
+        while True:
+            try:
+                await self._send_token(notes)
+                return notes, await look_at_nodes(notes, self._secret_file)
+            except Error as exc:
+                notes = await self._after(exc)
+
     async def _send_token(self, notes: Notes) -> None:
         """One token through all sections: only then is the pipeline ready."""
         from manager.connection import open_pipeline
@@ -150,11 +158,19 @@ class Lead:
                     await self._batch(notes)
                 return notes
             except Error as exc:
-                lost = _lost(exc)
-                if lost is None:
-                    raise
-                say(f"{exc}; waiting for it to come back")
-                notes = await self._come_back(lost)
+                notes = await self._after(exc)
+
+    async def _after(self, exc: Error) -> Notes:
+        """Wait for the worker whose loss it tells of.
+
+        Raises:
+            Error: it tells of something else, or the worker does not come back in time.
+        """
+        lost = _lost(exc)
+        if lost is None:
+            raise exc
+        say(f"{exc}; waiting for it to come back")
+        return await self._come_back(lost)
 
     async def _come_back(self, lost: WorkerLost) -> Notes:
         """Wait until all sections answer again.

@@ -352,9 +352,10 @@ def test_a_results_folder_that_the_node_does_not_see_is_named_before_a_model_is_
     assert f"--output: node1 does not see the folder {hidden}/below" in log_of(at, job)
 
 
-def test_a_single_prompt_begins_again_when_a_worker_dies(slurm, at):
+@pytest.mark.parametrize("when", ["all 2 sections are ready", "ready: a token went through"])
+def test_a_single_prompt_begins_again_when_a_worker_dies(slurm, at, when):
     job = submit(slurm, at, "--nodes", "2", "--prompt", "Once", "--max-new-tokens", "300")
-    log_when(at, job, "ready: a token went through")
+    log_when(at, job, when)
     (worker,) = processes("-m worker", "--index 1", str(at / "comboio-jobs" / job))
     worker.kill()
     assert slurm.wait(job)["JobState"] == "COMPLETED", log_of(at, job)
