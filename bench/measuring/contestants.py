@@ -7,7 +7,6 @@ rpc-servers; the reference is transformers' `generate`. Nothing is measured here
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -51,33 +50,30 @@ async def workers(
     Args:
         only: start this one alone.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        no_settings = Path(folder, "comboio.toml")
-        no_settings.touch()  # noqa: ASYNC240 - nothing else runs yet
-        started: list[WorkerProcess] = []
-        words = ["--model", str(model), "--sections", str(count), "--listen", "127.0.0.1:0"]
-        words += ["--dtype", "bfloat16", "--quantize", QUANTIZE[bits], "--threads", str(threads)]
-        words += ["--kv-memory", kv_memory, "--log-format", "json", *more_words]
-        own = cores(count) if threads == 1 else [set(os.sched_getaffinity(0))] * count
-        try:
-            for index, its_cores in enumerate(own):
-                if only not in (None, index):
-                    continue
-                with pinned(its_cores):
-                    worker = await WorkerProcess.start(
-                        f"worker {index}",
-                        [*words, "--index", str(index)],
-                        {
-                            **environment(os.environ, str(no_settings)),
-                            "OMP_NUM_THREADS": str(threads),
-                        },
-                    )
-                started.append(worker)
-            for worker in started:
-                await worker.ready()
-            yield started
-        finally:
-            await end_all(started)
+    started: list[WorkerProcess] = []
+    words = ["--model", str(model), "--sections", str(count), "--listen", "127.0.0.1:0"]
+    words += ["--dtype", "bfloat16", "--quantize", QUANTIZE[bits], "--threads", str(threads)]
+    words += ["--kv-memory", kv_memory, "--log-format", "json", *more_words]
+    own = cores(count) if threads == 1 else [set(os.sched_getaffinity(0))] * count
+    try:
+        for index, its_cores in enumerate(own):
+            if only not in (None, index):
+                continue
+            with pinned(its_cores):
+                worker = await WorkerProcess.start(
+                    f"worker {index}",
+                    [*words, "--index", str(index)],
+                    {
+                        **environment(os.environ),
+                        "OMP_NUM_THREADS": str(threads),
+                    },
+                )
+            started.append(worker)
+        for worker in started:
+            await worker.ready()
+        yield started
+    finally:
+        await end_all(started)
 
 
 @asynccontextmanager

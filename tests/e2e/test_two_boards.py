@@ -6,6 +6,7 @@ between namespaces, so a file of that name on PATH copies into the other board's
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"<!-- ([\w ]+): (\w+) -->\n```\w+\n(.*?)```", re.DOTALL)
 Blocks = dict[tuple[str, str], str]  # (place, what) -> commands
+NUMBERS = itertools.count(1, 2)  # of namespaces
 COMMAND_S = 240  # importing torch on a busy machine, twice
 pytestmark = pytest.mark.timeout(900)  # several commands to a test
 
@@ -97,12 +99,25 @@ def blocks() -> Blocks:
 
 @pytest.fixture(scope="module")
 def boards(blocks, tmp_path_factory) -> Iterator[tuple[Board, Board]]:
+    with two_boards(blocks, tmp_path_factory.mktemp("boards")) as made:
+        yield made
+
+
+@pytest.fixture
+def new_boards(blocks, tmp_path) -> Iterator[tuple[Board, Board]]:
+    """Two others, where nothing runs yet."""
+    with two_boards(blocks, tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def two_boards(blocks: Blocks, base: Path) -> Iterator[tuple[Board, Board]]:
     if reason := why_no_namespaces():
         pytest.skip(reason)
-    base = tmp_path_factory.mktemp("boards")
     addresses = [listen_address(blocks[f"board {number}", "worker"]) for number in (1, 2)]
     with ExitStack() as stack:
-        names = [f"comboio-{os.getpid()}-{number}" for number in (1, 2)]
+        first = next(NUMBERS)
+        names = [f"comboio-{os.getpid()}-{number}" for number in (first, first + 1)]
         for name in names:
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
@@ -197,11 +212,9 @@ def test_an_open_port_without_a_secret_is_refused_with_the_way_out(boards, block
     assert "Traceback" not in answer.stderr
 
 
-def test_with_the_readmes_certificates_nothing_travels_in_the_clear(boards, blocks):
+def test_with_the_readmes_certificates_nothing_travels_in_the_clear(new_boards, blocks):
     """No secret is there, and the text that the boards exchange is not to be seen on the cable."""
-    first, second = boards
-    for board in boards:
-        (board.folder / "comboio.secret").unlink(missing_ok=True)
+    first, second = boards = new_boards
     made = first.run(blocks["board 1 encrypted", "once"])
     assert made.returncode == 0, made.stderr
     own = {it.name for it in second.folder.iterdir() if it.suffix in (".pem", ".key")}
@@ -210,7 +223,6 @@ def test_with_the_readmes_certificates_nothing_travels_in_the_clear(boards, bloc
     (first.folder / "comboio.toml").write_text(blocks["board 1 encrypted", "settings"])
     shown_command, generate = blocks["board 1 encrypted", "manager"].splitlines()
     with ExitStack() as stack:
-        stack.callback((first.folder / "comboio.toml").unlink)
         for board in boards:
             command = blocks[f"{board.name} encrypted", "worker"]
             first_line(stack.enter_context(worker(board, command)), board)

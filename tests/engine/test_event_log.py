@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from engine.event_log import SchedulerSetUp, event_line, header, replay
-from proto.errors import UsageError
+from proto.errors import RemoteProtocolError, UsageError
 from tests.engine.test_scheduler_simulation import disturb, random_request
 from tests.support.toy_chain import ToyModel
 from tests.support.toy_shell import Limits, ToyShell
@@ -53,11 +53,21 @@ def test_a_replayed_log_gives_the_same_commands() -> None:
 
 
 def test_a_change_in_an_event_shows_at_its_line() -> None:
-    found = next(it for it in logs() if any('"max_new_tokens":12' in line for line in it))
-    lines = list(found)
-    at = next(at for at, line in enumerate(lines) if '"max_new_tokens":12' in line)
-    lines[at] = lines[at].replace('"max_new_tokens":12', '"max_new_tokens":1')
-    assert not all(it.is_same for it in replay(lines))
+    """In most logs: a sequence whose user left at once would not have had a second token."""
+    shown = []
+    for lines in logs():
+        for at, line in enumerate(lines):
+            changed = line.replace('"max_new_tokens":12', '"max_new_tokens":1')
+            if changed != line:
+                shown.append(differs([*lines[:at], changed, *lines[at + 1 :]]))
+    assert len(shown) > 4 and sum(shown) > len(shown) / 2
+
+
+def differs(lines: list[str]) -> bool:
+    try:
+        return not all(it.is_same for it in replay(lines))
+    except RemoteProtocolError:  # an answer to a step that was never begun
+        return True
 
 
 def test_a_line_that_ends_early_is_left_out() -> None:

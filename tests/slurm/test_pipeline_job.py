@@ -247,6 +247,7 @@ def test_a_node_that_fails_puts_the_job_back_and_it_resumes(slurm, at, expected)
     rows_when(at / "out.jsonl.partial", 1)
     slurm.sh("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     slurm.wait(job, ("PENDING",))
+    slurm.wait_idle()  # a node that comes back is told to end what it still has of this job
     slurm.start_requeued(job)
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log_of(at, job)

@@ -169,6 +169,10 @@ class SlurmCluster:
             if self.node_state(number).startswith(("DOWN", "IDLE+DRAIN", "IDLE+NOT_RESP")):
                 self.sh(SCRIPTS / "node.sh", self.directory, "start", number, check=False)
                 self.sh("scontrol", "update", f"nodename=node{number}", "state=resume", check=False)
+        self.wait_idle()
+
+    def wait_idle(self) -> None:
+        """Wait until every node is there and has nothing left to do."""
         self._until("all nodes are idle", self._all_idle)
 
     def node_state(self, number: int) -> str:
