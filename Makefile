@@ -63,6 +63,7 @@ check: $(TEST_STAMP)  ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases bench
 
 fmt: $(TEST_STAMP)  ## put the code into the house format
 	$(BIN)/ruff format .

@@ -50,8 +50,12 @@ class Layers:
         table = torch.randperm(num_blocks) if scattered else torch.arange(num_blocks)
         self.run = StageRun(start=context - 1, num_tokens=1, rope_length=context, blocks=table)
         self.rules = dict.fromkeys(sites, FULL)
-        self.parts = [torch.randn(1, it, SIZE).bfloat16() for it in (HEADS, KV_HEADS, KV_HEADS)]
-        self.given = [it.transpose(0, 1)[None] for it in self.parts]  # as models hand them over
+        query, key, value = (
+            torch.randn(1, it, SIZE).bfloat16() for it in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        self.parts = query, key, value
+        query, key, value = (it.transpose(0, 1)[None] for it in self.parts)
+        self.given = query, key, value  # as models hand them over
         self.bytes = layers * context * shape.values_per_token * 2
 
     def step(self) -> StepContext:

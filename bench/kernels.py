@@ -144,7 +144,8 @@ def _packed(x: Tensor, weight: PackedMatrix) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
 
 
 def _bound(copies: list[Tensor], x: Tensor) -> Round:

@@ -72,7 +72,6 @@ def measure(model: str, sections: int, index: int) -> dict[str, Any]:
 
 def make_random_llama(folder: Path) -> None:
     """Save a random Llama of about 1 GB, in shards of 200 MB."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -84,7 +83,8 @@ def make_random_llama(folder: Path) -> None:
         num_key_value_heads=4,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="200MB")
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(folder, max_shard_size="200MB")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def write(path: Path, shape: Shape, weights: Weights, kind: Any) -> None:
     """Header first, then tensor by tensor, so that memory holds one at a time."""
     import gguf
 
-    arch = {"mixtral": "llama"}.get(shape.config["model_type"], shape.config["model_type"])
+    model_type = str(shape.config["model_type"])
+    arch = {"mixtral": "llama"}.get(model_type, model_type)
     writer = gguf.GGUFWriter(path, arch)
     _add_sizes(writer, shape)
     _add_tokenizer(writer, shape.vocab_size)
