@@ -96,7 +96,12 @@ class Entry:
         plan = WeightPlan(model, architecture, self.checkpoint, mapped=True)
         before, _ = before_and_after(model, path, layers, architecture.name)
         put_slots(model, path, layers, self._conductor)
-        plan.load(lambda name: name.rpartition(".")[0] in before, torch.device("cpu"), None)
+
+        def wanted(name: str) -> bool:
+            return name.rpartition(".")[0] in before
+
+        plan.check(wanted)
+        plan.load(wanted, torch.device("cpu"), None)
         stub_unloaded(model)
         fill_buffers(model, torch.device("cpu"))
         by_length(model)

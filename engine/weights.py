@@ -124,12 +124,12 @@ class WeightPlan:
     def load(self, wanted: Wanted, device: torch.device, progress: Progress | None) -> int:
         """Read the wanted parameters into the model and return the bytes they hold there.
 
-        What is packed, and is there already, is not read.
+        What is packed, and is there already, is not read. `check` goes before, and before memory is
+        taken for what is packed.
 
         Raises:
-            ModelError: a wanted parameter is not in the checkpoint, or has another shape there.
+            ModelError: a wanted parameter is not in the checkpoint, or cannot be read.
         """
-        self.check(wanted)
         held = 0
         for target in self._needed_targets(wanted):
             held += self._load(target, target, wanted, device, progress)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from manager.adapter_loading import all_of, check_same, gather_all, load_everywhere
-from manager.asked_once import AskedOnce, has_failed, hear
-from manager.event_loop import in_background
+from manager.asked_once import AskedOnce, has_failed
+from manager.event_loop import hear, in_background
 from manager.links import Refusal, WorkerLink
 from proto.adapter_name import is_adapter_name
 from proto.errors import AdapterError, RequestRefused

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
+from manager.event_loop import hear
 from manager.links import WorkerLink
 
 Answer = TypeVar("Answer")
@@ -38,12 +39,6 @@ class AskedOnce(Generic[Answer]):
     def forget(self, is_void: Callable[[WorkerLink, Hashable], bool]) -> None:
         """Some of it holds no more, and will be asked again."""
         self._asked = {key: it for key, it in self._asked.items() if not is_void(*key)}
-
-
-def hear(task: asyncio.Task[Any]) -> None:
-    """Where all who asked have given up, nobody else hears of an error."""
-    if not task.cancelled():
-        task.exception()
 
 
 def has_failed(task: asyncio.Task[Any]) -> bool:

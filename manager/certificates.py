@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from manager.new_file import PRIVATE, write_new
 from proto.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 CA: Final = "ca"
+EVERYBODYS: Final = 0o644  # to read
 MAX_HOSTS: Final = 1024
 MAX_HOST_CHARS: Final = 253
 # Clocks of boards without a battery are late.
@@ -94,8 +95,8 @@ def make_certificates(folder: Path, hosts: Sequence[str], days: int) -> list[Pat
         for host, name in names.items():
             certificate, key = _sign(host, ca, ca_key, days)
             written += [
-                _write(folder / f"{name}.pem", _certificate_bytes(certificate), 0o644),
-                _write(folder / f"{name}.key", _key_bytes(key), 0o600),
+                _write(folder / f"{name}.pem", _certificate_bytes(certificate), EVERYBODYS),
+                _write(folder / f"{name}.key", _key_bytes(key)),
             ]
     except OSError as exc:
         reason = (exc.strerror or str(exc)).lower()
@@ -152,8 +153,8 @@ def _authority(
         .sign(key, _hash())
     )
     written = [
-        _write(cert_path, _certificate_bytes(ca), 0o644),
-        _write(key_path, _key_bytes(key), 0o600),
+        _write(cert_path, _certificate_bytes(ca), EVERYBODYS),
+        _write(key_path, _key_bytes(key)),
     ]
     return ca, key, written
 
@@ -249,8 +250,6 @@ def _key_bytes(key: EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write(path: Path, data: bytes, mode: int) -> Path:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
+def _write(path: Path, data: bytes, mode: int = PRIVATE) -> Path:
+    write_new(path, data, mode)
     return path

@@ -95,6 +95,13 @@ class Encoder:
             return tuple(int(i) for i in encoded["input_ids"])
 
 
+def id_outside(ids: Sequence[int], vocab_size: int) -> int | None:
+    """A token id that a model has not; None if it has all. Quicker than looking at each here."""
+    return (
+        next((it for it in (min(ids), max(ids)) if not 0 <= it < vocab_size), None) if ids else None
+    )
+
+
 def check_text(text: str) -> None:
     """Raises RequestRefused where a plain prompt has nothing to continue, or half a character."""
     if not text:

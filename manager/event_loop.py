@@ -24,6 +24,12 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _background: Final[set[threading.Thread]] = set()
 
 
+def hear(task: asyncio.Future[Any]) -> None:
+    """For `add_done_callback`: where all who asked have given up, nobody else hears of an error."""
+    if not task.cancelled():
+        task.exception()
+
+
 async def in_background(function: Callable[..., T], *arguments: Any) -> T:
     """Run a function on a thread of its own and wait for it, unless this is cancelled.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import secrets
 from pathlib import Path
 from typing import Final
@@ -11,6 +10,7 @@ from typing import Final
 import click
 
 from manager.cli import CONTEXT_SETTINGS, LazyGroup, say
+from manager.new_file import write_new
 from proto.errors import UsageError
 
 SECRET_BYTES: Final = 32
@@ -25,9 +25,7 @@ def new_secret(file: Path) -> None:
     """
     text = base64.b64encode(secrets.token_bytes(SECRET_BYTES)) + b"\n"
     try:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(text)
+        write_new(file, text)
     except FileExistsError as exc:
         raise UsageError(
             f"{file} is there already: remove it, or name another file; whoever has the old "

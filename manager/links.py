@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final, TypeVar
 
 from engine.sections import Section
+from manager.event_loop import hear
 from manager.worker_words import check_facts, checked
 from proto.address import Address
 from proto.errors import AdapterError, WorkerLost, WorkerRefused
@@ -154,7 +155,7 @@ class WorkerLink:
                 lease=lease, min_blocks=min_blocks, want_blocks=want_blocks, trace=trace
             )
             self._leasing = asyncio.ensure_future(self._lease(question))
-            self._leasing.add_done_callback(_hear)
+            self._leasing.add_done_callback(hear)
         return await asyncio.shield(self._leasing)
 
     async def _lease(self, question: Lease) -> int:
@@ -408,12 +409,6 @@ async def open_link(
     )
     assert link.welcome is not None
     return WorkerLink(link, address, link.welcome.worker)
-
-
-def _hear(leasing: asyncio.Task[int]) -> None:
-    """Where all who asked have given up, nobody else hears of an error."""
-    if not leasing.cancelled():
-        leasing.exception()
 
 
 def agent() -> str:

@@ -24,7 +24,7 @@ from engine.event_log import SchedulerSetUp
 from engine.requests import Stats
 from manager.adapter_book import AdapterBook, AdapterUse, held_everywhere
 from manager.dispatcher import Dispatcher, Trace
-from manager.encoding import Encoder, Message, Prompt
+from manager.encoding import Encoder, Message, Prompt, id_outside
 from manager.event_log import EventLog
 from manager.event_loop import in_background
 from manager.generation import GREEDY, Completion, GenerationOptions, Piece
@@ -400,13 +400,11 @@ class Pipeline:
         if self._closed:
             raise UsageError("the pipeline is closed: open another one.")
         vocab_size = self.workers[0].vocab_size
-        ids = prompt.token_ids
-        for stranger in (min(ids, default=0), max(ids, default=0)):  # quicker than each in Python
-            if not 0 <= stranger < vocab_size:
-                raise RequestRefused(
-                    f"the prompt has token id {stranger}, the model's ids are 0 to "
-                    f"{vocab_size - 1}."
-                )
+        stranger = id_outside(prompt.token_ids, vocab_size)
+        if stranger is not None:
+            raise RequestRefused(
+                f"the prompt has token id {stranger}, the model's ids are 0 to {vocab_size - 1}."
+            )
         return prompt
 
     async def _encode(self, text: str) -> Prompt:

@@ -50,7 +50,6 @@ from worker.config import (
     parse_kv_memory,
     parse_layers,
     parse_listen,
-    parse_metrics_listen,
     parse_stage_to,
 )
 
@@ -308,7 +307,9 @@ def worker(
         adapters=parse_adapters(adapter),
         stage_to=None if stage_to is None else parse_stage_to(stage_to),
         kv_memory_bytes=None if kv_memory is None else parse_kv_memory(kv_memory),
-        metrics_listen=None if metrics_listen is None else parse_metrics_listen(metrics_listen),
+        metrics_listen=(
+            None if metrics_listen is None else parse_listen(metrics_listen, "--metrics-listen")
+        ),
         keys=read_keys(secret_file, _tls_files(tls_cert, tls_key, tls_ca)),
         insecure=insecure,
     )

@@ -149,20 +149,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def parse_listen(text: str) -> Address:
-    """Read HOST:PORT or [IPV6]:PORT."""
+def parse_listen(text: str, option: str = "--listen") -> Address:
+    """Read HOST:PORT or [IPV6]:PORT, where to listen."""
     try:
         return parse_address(text)
     except UsageError as exc:
-        raise UsageError(f"--listen: {exc}") from exc
-
-
-def parse_metrics_listen(text: str) -> Address:
-    """Read the HOST:PORT of --metrics-listen."""
-    try:
-        return parse_address(text)
-    except UsageError as exc:
-        raise UsageError(f"--metrics-listen: {exc}") from exc
+        raise UsageError(f"{option}: {exc}") from exc
 
 
 def parse_layers(text: str) -> tuple[int, int]:

@@ -15,29 +15,19 @@ from typing import Final
 from proto.address import Address
 from proto.errors import UsageError
 from proto.messages import Status, WorkerFacts
+from proto.worker_figures import COUNTERS, GAUGES, figures
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MAX_HEAD_BYTES: Final = 8192  # of a request
 MAX_CALLERS: Final = 16  # at one time
 PATIENCE_S: Final = 5.0  # with a caller that does not say what it wants, or does not read
 
-COUNTERS: Final = {
-    "steps": "Steps computed.",
-    "tokens": "Tokens that went through.",
-    "compute_seconds": "Time that torch worked.",
-    "cpu_seconds": "Processor time.",
-    "received_bytes": "Bytes that came in.",
-    "sent_bytes": "Bytes that went out.",
-}
-GAUGES: Final = {
+# Beside those that a manager knows as well.
+OWN: Final = {
     "ready": "1 when it holds its layers, 0 while it loads.",
     "loading_ratio": "How much of what it loads is there, while it loads.",
-    "step_seconds": "One step's compute, a moving average.",
-    "memory_bytes": "Resident memory.",
     "weights_bytes": "Of the layers that it holds.",
-    "gpu_memory_bytes": "Memory of its GPU in use.",
     "kv_blocks": "KV blocks, leased or not.",
-    "kv_blocks_free": "KV blocks that are not leased.",
     "leases": "Managers' shares of its KV blocks.",
     "adapters": "Adapters in memory.",
 }
@@ -88,19 +78,9 @@ def exposition(reading: Reading) -> str:
 
 
 def _values(facts: WorkerFacts, status: Status) -> dict[str, float | None]:
-    return {
-        "steps": status.steps,
-        "tokens": status.tokens,
-        "compute_seconds": status.compute_s,
-        "cpu_seconds": status.cpu_s,
-        "received_bytes": status.received_bytes,
-        "sent_bytes": status.sent_bytes,
-        "step_seconds": status.step_s,
-        "memory_bytes": status.rss_bytes,
+    return figures(status) | {
         "weights_bytes": facts.stage_bytes,
-        "gpu_memory_bytes": status.gpu_memory_bytes,
         "kv_blocks": status.total_blocks,
-        "kv_blocks_free": status.free_blocks,
         "leases": status.leases,
         "adapters": status.adapters,
     }
@@ -108,7 +88,7 @@ def _values(facts: WorkerFacts, status: Status) -> dict[str, float | None]:
 
 def _lines(values: dict[str, float | None], labels: dict[str, str]) -> Iterator[str]:
     where = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-    for name, text in (COUNTERS | GAUGES).items():
+    for name, text in (COUNTERS | GAUGES | OWN).items():
         value = values.get(name)
         if value is None:
             continue

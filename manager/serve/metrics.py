@@ -23,6 +23,7 @@ from engine.requests import Stats
 from manager.serve.admission import Admission
 from manager.serve.keeper import Keeper, State
 from proto.messages import Status, WorkerFacts
+from proto.worker_figures import COUNTERS, GAUGES, figures
 
 WAITS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_TIMES: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -128,40 +129,14 @@ class WorkerCollector(Collector):
 
     def _of_workers(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         labels = ["worker", "layers"]
-        counters = {
-            "steps": "Steps computed.",
-            "tokens": "Tokens that went through.",
-            "compute_seconds": "Time that torch worked.",
-            "cpu_seconds": "Processor time.",
-            "received_bytes": "Bytes that came in.",
-            "sent_bytes": "Bytes that went out.",
-        }
-        gauges = {
-            "step_seconds": "One step's compute, a moving average.",
-            "rtt_seconds": "Round trip to the worker.",
-            "memory_bytes": "Resident memory.",
-            "gpu_memory_bytes": "Memory of its GPU in use.",
-            "kv_blocks_free": "KV blocks that are not leased.",
-        }
+        gauges = GAUGES | {"rtt_seconds": "Round trip to the worker."}
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for name, text in counters.items():
+        for name, text in COUNTERS.items():
             families[name] = CounterMetricFamily(f"comboio_worker_{name}", text, labels=labels)
         for name, text in gauges.items():
             families[name] = GaugeMetricFamily(f"comboio_worker_{name}", text, labels=labels)
         for address, (facts, status, rtt_s) in self.seen:
-            values: dict[str, float | None] = {
-                "steps": status.steps,
-                "tokens": status.tokens,
-                "compute_seconds": status.compute_s,
-                "cpu_seconds": status.cpu_s,
-                "received_bytes": status.received_bytes,
-                "sent_bytes": status.sent_bytes,
-                "step_seconds": status.step_s,
-                "rtt_seconds": rtt_s,
-                "memory_bytes": status.rss_bytes,
-                "gpu_memory_bytes": status.gpu_memory_bytes,
-                "kv_blocks_free": status.free_blocks,
-            }
+            values = figures(status) | {"rtt_seconds": rtt_s}
             where = [address, f"{facts.start_layer}:{facts.end_layer}"]
             for name, value in values.items():
                 if value is not None:

@@ -13,6 +13,7 @@ from typing import Final, TypeVarTuple
 
 from starlette.types import Receive, Scope, Send
 
+from manager.event_loop import hear
 from manager.serve.answers import event
 from manager.serve.door import refuse
 from manager.serve.errors import ApiError
@@ -210,7 +211,7 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
         task.cancel()
 
     watching = asyncio.ensure_future(watch())
-    watching.add_done_callback(_hear)
+    watching.add_done_callback(hear)
     try:
         await work()
         return True
@@ -221,9 +222,3 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
     finally:
         # Not waited for: what is written down of a request is there before its client can ask.
         watching.cancel()
-
-
-def _hear(watching: asyncio.Future[None]) -> None:
-    """Why nobody watches any more concerns nobody else."""
-    if not watching.cancelled():
-        watching.exception()

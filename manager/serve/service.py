@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from manager.encoding import Prompt
+from manager.encoding import Prompt, id_outside
 from manager.serve.answers import Answer, ChatAnswer
 from manager.serve.completion_answer import CompletionAnswer
 from manager.serve.conversation import template_messages
@@ -353,9 +353,8 @@ class Service:
         if not said:
             raise bad_value("prompt", "a prompt has no token: write at least one.")
         vocab_size = pipeline.workers[0].vocab_size
-        for stranger in (min(said), max(said)):  # quicker than looking at each
-            if 0 <= stranger < vocab_size:
-                continue
+        stranger = id_outside(said, vocab_size)
+        if stranger is not None:
             raise bad_value(
                 "prompt", f"token id {stranger} is none of the model's, 0 to {vocab_size - 1}."
             )

@@ -18,6 +18,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from manager import event_loop
+from manager.new_file import write_new
 from manager.options import ConnectionConfig
 from manager.serve.config import Limits, ServeConfig
 from manager.slurm.cancel_command import DRAIN_FILE, SERVING_FILE
@@ -102,11 +103,9 @@ def _key(folder: Path) -> Path:
     """
     path = folder / KEY_FILE
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_new(path, f"{secrets.token_urlsafe(32)}\n".encode())
     except FileExistsError:
-        return path
+        pass
     except OSError as exc:
         raise Error(f"cannot write {path}: {exc.strerror}") from exc
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
     return path

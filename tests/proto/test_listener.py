@@ -41,6 +41,7 @@ from proto.messages import (
     Welcome,
 )
 from proto.session import LISTENER, LISTENER_HANDSHAKE_BYTES, Session, State
+from tests.proto.sockets import stranger_at
 from tests.proto.wire_examples import EXAMPLES, HELLO, STEP, STEP_PAYLOAD, WELCOME
 
 SECRET = b"correct horse battery staple"
@@ -117,21 +118,8 @@ async def stranger_to(address: str) -> AsyncIterator[Stranger]:
 @asynccontextmanager
 async def strange_worker(play) -> AsyncIterator[str]:
     """A server that answers every connection with `play(stranger)`; its address."""
-    done = asyncio.Event()
-
-    async def serve(reader, writer):
-        await play(Stranger(reader, writer))
-        await done.wait()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    try:
-        yield f"{host}:{port}"
-    finally:
-        done.set()
-        server.close()
-        await asyncio.sleep(0)
+    async with stranger_at(lambda reader, writer: play(Stranger(reader, writer))) as address:
+        yield address
 
 
 async def play_handshake(stranger: Stranger) -> Session:

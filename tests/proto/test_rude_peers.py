@@ -11,7 +11,7 @@ import pytest
 from proto import link as links
 from proto.errors import AuthenticationFailed, Error, RemoteProtocolError, WorkerLost
 from proto.framing import HEADER, HEADER_BYTES, MIB, FrameReader, encode_frame
-from proto.link import MAX_UNPROVEN, LinkSettings, connect, listen
+from proto.link import MAX_UNPROVEN, LinkSettings
 from proto.link_settings import LISTENER_SETTINGS
 from proto.messages import (
     MAX_ADAPTERS,
@@ -26,12 +26,12 @@ from proto.messages import (
     Proof,
     ProofAccepted,
     Refused,
-    Role,
     Step,
 )
 from proto.session import LISTENER_HANDSHAKE_BYTES
 from tests.fuzz.raw_peer import announcing
-from tests.proto.wire_examples import HELLO, WELCOME
+from tests.proto.sockets import as_manager, listening, soon, stranger_at
+from tests.proto.wire_examples import HELLO
 from tests.support.certificates import tls_of_here
 
 SECRET = b"correct horse battery staple"
@@ -41,32 +41,9 @@ FACTS = AdapterFacts(
 LONG_ANSWER = Adapters(adapters=[FACTS] * MAX_ADAPTERS)  # 144 KiB
 
 
-async def soon(awaitable):
-    """A deadline against a test that hangs, far beyond what is waited for."""
-    return await asyncio.wait_for(awaitable, 20)
-
-
 @pytest.fixture(params=["plain", "tls"])
 def tls(request):
     return tls_of_here() if request.param == "tls" else None
-
-
-@asynccontextmanager
-async def listening(tls=None, **options):
-    """A listener, the links that it let in, and why it refused the others."""
-    accepted, refused = asyncio.Queue(), asyncio.Queue()
-    listener = await listen(
-        "127.0.0.1:0",
-        welcome=lambda hello: WELCOME,
-        on_link=accepted.put_nowait,
-        on_refused=lambda peer, error: refused.put_nowait(error),
-        tls=tls,
-        **options,
-    )
-    try:
-        yield listener, accepted, refused
-    finally:
-        await soon(listener.close())
 
 
 @asynccontextmanager
@@ -79,30 +56,6 @@ async def stream_to(address, tls=None):
         yield reader, writer
     finally:
         writer.transport.abort()
-
-
-@asynccontextmanager
-async def stranger_at(play):
-    """A server that answers every connection with `play(reader, writer)`; its address."""
-    done = asyncio.Event()
-
-    async def serve(reader, writer):
-        await play(reader, writer)
-        await done.wait()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    try:
-        yield f"{host}:{port}"
-    finally:
-        done.set()
-        server.close()
-        await asyncio.sleep(0)
-
-
-def as_manager(address, **options):
-    return soon(connect(address, role=Role.MANAGER, agent="test", **options))
 
 
 def frame(message) -> bytes:

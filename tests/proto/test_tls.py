@@ -8,48 +8,21 @@ import os
 import shutil
 import socket
 import ssl
-from contextlib import asynccontextmanager
 
 import pytest
 
 from manager import certificates
 from proto.errors import AuthenticationFailed, Error, PeerLost, UsageError, WorkerRefused
 from proto.framing import FrameReader, encode_frame
-from proto.link import LinkSettings, connect, listen
-from proto.messages import Role, StatusRequest
+from proto.link import LinkSettings
+from proto.messages import StatusRequest
 from proto.tls import Tls, TlsFiles, read_tls, tls_files
 from proto.tls_transport import HANDSHAKE_BYTES
+from tests.proto.sockets import as_manager, listening, soon
 from tests.proto.wire_examples import HELLO, WELCOME
 from tests.support.certificates import files_of, folder_of, tls_of_here
 
 SECRET = b"correct horse battery staple"
-
-
-async def soon(awaitable):
-    """A deadline against a test that hangs, far beyond what is waited for."""
-    return await asyncio.wait_for(awaitable, 20)
-
-
-@asynccontextmanager
-async def listening(tls, **options):
-    """A listener, its accepted links and its refusals."""
-    links, refused = asyncio.Queue(), asyncio.Queue()
-    listener = await listen(
-        "127.0.0.1:0",
-        welcome=lambda hello: WELCOME,
-        on_link=links.put_nowait,
-        on_refused=lambda peer, error: refused.put_nowait(error),
-        tls=tls,
-        **options,
-    )
-    try:
-        yield listener, links, refused
-    finally:
-        await soon(listener.close())
-
-
-def as_manager(address, **options):
-    return soon(connect(address, role=Role.MANAGER, agent="test", **options))
 
 
 def strangers() -> Tls:
