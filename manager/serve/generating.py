@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions, Piece
 from manager.serve.admission import Admission, QueueFull
 from manager.serve.errors import ApiError, bad_value, not_ready, translated
-from manager.text import NOTHING_SHOWN
 from proto.errors import Error
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Wanted:
     prompt: Prompt
     options: GenerationOptions
     constraint: Constraint | None = None
-    shown: Mapping[int, str] = NOTHING_SHOWN  # special tokens that have a text here
+    shown: Mapping[int, str] = field(default_factory=dict)  # special tokens that have a text here
 
 
 @dataclass(slots=True)
