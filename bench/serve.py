@@ -1,6 +1,6 @@
 """What HTTP costs: tokens a second and first tokens by `manager serve`, and by the engine alone.
 
-    python bench/serve.py [--model DIR] [--streams 64] [--requests 4] [--rounds 5] [--json FILE]
+    python bench/serve.py [--model DIR] [--streams 64] [--requests 4] [--rounds 15] [--json FILE]
 
 The same two workers are used by both: by a pipeline in this process, and by a `manager serve` in
 a process of its own, whose streams a third process reads over sockets (`http_streams.py`, whose
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--model", metavar="DIR", help="checkpoint; the demo model by default")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4, help="of each stream, one by one")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     rounds, requests = (1, 2) if args.quick else (args.rounds, args.requests)
     load = Load()

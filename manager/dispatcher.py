@@ -34,6 +34,7 @@ from engine.scheduler import Scheduler
 from manager.adapter_book import AdapterUse
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions
+from manager.pace import AT_ONCE, Pace
 from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
 from manager.text import NOTHING_SHOWN, Vocabulary
@@ -141,6 +142,7 @@ class Dispatcher:
         adapter: AdapterUse | None = None,
         constraint: Constraint | None = None,
         shown: Mapping[int, str] = NOTHING_SHOWN,
+        pace: Pace = AT_ONCE,
     ) -> ActiveSequence:
         """Start a request; its pieces come by themselves.
 
@@ -149,6 +151,7 @@ class Dispatcher:
             on_prefill: called with (prompt tokens computed, prompt tokens) while a prompt is read.
             constraint: which tokens may be drawn; nobody else's.
             shown: special tokens that have a text here, and that text.
+            pace: how often whoever reads it is woken.
         Raises:
             RequestRefused: it can never run; says the numbers.
             WorkerLost: a worker went away before.
@@ -165,6 +168,7 @@ class Dispatcher:
             None if adapter is None else adapter.number,
             constraint,
             shown,
+            pace,
         )
         sequence.on_prefill = on_prefill
         self._active[number] = sequence

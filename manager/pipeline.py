@@ -31,6 +31,7 @@ from manager.generation import GREEDY, Completion, GenerationOptions, Piece
 from manager.keeper import ChainKeeper, OnChain
 from manager.links import WorkerLink
 from manager.opening import Loaded, OnProgress, load, look, wanted_blocks
+from manager.pace import AT_ONCE, Pace
 from manager.recovery import RecoverySettings
 from manager.sequences import ActiveSequence, Constraint
 from manager.steps import StepWriter
@@ -310,6 +311,7 @@ class Pipeline:
         on_prefill: OnPrefill | None = None,
         constraint: Constraint | None = None,
         shown: Mapping[int, str] = NOTHING_SHOWN,
+        pace: Pace = AT_ONCE,
     ) -> AsyncIterator[Piece]:
         """Generate, piece by piece; leaving the loop early frees what the request holds.
 
@@ -318,11 +320,13 @@ class Pipeline:
         Args:
             constraint: which tokens may be drawn, where not all may; made for this request.
             shown: special tokens that have a text in this one, and that text.
+            pace: how often pieces come, where tokens come faster.
         Raises:
             RequestRefused: it can never run: empty, or longer than the context or the KV.
             WorkerLost: a worker went away before the request.
         """
-        async with self._request(prompt, options, on_prefill, constraint, shown) as sequence:
+        asked = self._request(prompt, options, on_prefill, constraint, shown, pace)
+        async with asked as sequence:
             async for piece in sequence.pieces():
                 yield piece
 
@@ -355,6 +359,7 @@ class Pipeline:
         on_prefill: OnPrefill | None,
         constraint: Constraint | None = None,
         shown: Mapping[int, str] = NOTHING_SHOWN,
+        pace: Pace = AT_ONCE,
     ) -> AsyncIterator[ActiveSequence]:
         """A request for the block; then nothing is left of it here or on the workers."""
         prompt = await self._checked(prompt)
@@ -363,7 +368,7 @@ class Pipeline:
             adapter = await self._adapter(options.adapter)
         try:
             sequence = self._dispatcher.submit(
-                prompt, options, on_prefill, adapter, constraint, shown
+                prompt, options, on_prefill, adapter, constraint, shown, pace
             )
             try:
                 yield sequence

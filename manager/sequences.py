@@ -7,6 +7,7 @@ The time comes in, in seconds of one monotonic clock.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from manager.generation import (
     TokenLogprob,
     decode_rate,
 )
+from manager.pace import AT_ONCE, Pace
 from manager.text import NOTHING_SHOWN, Cut, TextStream, Vocabulary
 from proto.messages import Drawn, Sampling
 
@@ -53,8 +55,13 @@ class ActiveSequence:
         adapter: int | None = None,
         constraint: Constraint | None = None,
         shown: Mapping[int, str] = NOTHING_SHOWN,
+        pace: Pace = AT_ONCE,
     ) -> None:
-        """`shown`: special tokens that have a text in this one, and that text."""
+        """
+        Args:
+            shown: special tokens that have a text in this one, and that text.
+            pace: how often whoever reads it is woken.
+        """
         self.adapter = adapter  # its number in this lease; None: the model alone
         self.number, self.prompt, self.options = number, prompt, options
         self.seed = secrets.randbits(63) if options.seed is None else options.seed
@@ -69,7 +76,8 @@ class ActiveSequence:
         # What nobody has fetched yet. It holds at most what the request may generate: a slow
         # reader gets fewer, longer pieces.
         self._unread = _Record()
-        self._wake = asyncio.Event()
+        self._wake, self._pace = asyncio.Event(), pace
+        self._due_s = -math.inf  # when the last piece was
         self._scores: list[bytes] = []  # of the prompt's tokens, as they come
         self._num_scored = 0
         self._give_scores_if_whole()
@@ -196,7 +204,11 @@ class ActiveSequence:
             if drawn is not None and drawn.logprob is not None:
                 logprob = TokenLogprob(token, drawn.logprob, tuple(drawn.top))
                 record.logprobs.append(logprob)
-        self._wake.set()
+        if self._pace.is_due(self._due_s, now_s):
+            self._due_s = now_s
+            self._wake.set()
+        else:
+            self._pace.hold(self._wake)
 
     def _add_text(self, cut: Cut) -> None:
         for record in (self._record, self._unread):

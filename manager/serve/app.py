@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from manager.pace import Pace
 from manager.serve.admission import Admission
 from manager.serve.answers import encode, event
 from manager.serve.config import ServeConfig
@@ -74,6 +75,7 @@ class Api:
         limits = config.limits
         self._config, self._keeper, self._log = config, keeper, log
         self._traces = traces
+        self._pace = Pace(config.stream_interval_s)
         self.admission = Admission(limits.max_concurrent, limits.max_queue)
         self.metrics = Metrics(keeper, self.admission)
         self.live = Live(keeper, self.admission)
@@ -136,7 +138,7 @@ class Api:
         account = Account(endpoint, request_id, self.metrics, self._log)
         try:
             work = await prepare(read_body(kind, await _body(request)), request_id)
-            run = Run(self._keeper.ready_pipeline(), self.admission)
+            run = Run(self._keeper.ready_pipeline(), self.admission, self._pace)
         except ApiError as exc:
             account.end(exc.status, None, exc)
             raise

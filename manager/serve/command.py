@@ -19,7 +19,13 @@ from manager.options import (
     settle_spawn_and_workers,
     tls_options,
 )
-from manager.serve.config import MAX_BODY_BYTES, Limits, ServeConfig, named_adapters
+from manager.serve.config import (
+    MAX_BODY_BYTES,
+    STREAM_INTERVAL_S,
+    Limits,
+    ServeConfig,
+    named_adapters,
+)
 from proto.errors import UsageError
 from proto.tls import tls_files
 
@@ -96,6 +102,15 @@ NEEDED: Final = ("starlette", "uvicorn", "prometheus_client", "llguidance")
     show_default=True,
     metavar="SIZE",
     help="Largest request.",
+)
+@click.option(
+    "--stream-interval",
+    "stream_interval_s",
+    type=float,
+    default=STREAM_INTERVAL_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="Least time between events of a stream; tokens that come faster share one. 0: none do.",
 )
 @click.option(
     "--trace-dir",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from manager.encoding import Prompt
 from manager.generation import GenerationOptions, Piece
+from manager.pace import Pace
 from manager.serve.admission import Admission, QueueFull
 from manager.serve.errors import ApiError, bad_value, not_ready, translated
 from proto.errors import Error
@@ -39,6 +40,7 @@ class Run:
 
     pipeline: Pipeline
     admission: Admission
+    pace: Pace  # of its pieces
     waited_s: float = 0.0  # for the last of the sequences to begin
 
 
@@ -78,7 +80,11 @@ async def _one(run: Run, wanted: Wanted) -> AsyncGenerator[tuple[int, Piece], No
     async with run.admission.run():
         run.waited_s = asyncio.get_running_loop().time() - started_s
         stream = run.pipeline.stream(
-            wanted.prompt, wanted.options, constraint=wanted.constraint, shown=wanted.shown
+            wanted.prompt,
+            wanted.options,
+            constraint=wanted.constraint,
+            shown=wanted.shown,
+            pace=run.pace,
         )
         try:
             async with aclosing(stream) as pieces:  # type: ignore[type-var]

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from functools import lru_cache
 from typing import Final
 
 ONE_WORD: Final = re.compile(r'[^\s"=]+')
@@ -26,9 +27,8 @@ class Log:
     def __call__(self, event: str, **values: object) -> None:
         """Write one line; what is None is left out."""
         kept = {name: value for name, value in values.items() if value is not None}
-        now_s = time.time()
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now_s))
-        at = f"{at}.{int(now_s % 1 * 1000):03d}"
+        second, part_s = divmod(time.time(), 1)
+        at = f"{_to_the_second(second)}.{int(part_s * 1000):03d}"
         if self._is_json:
             said = {"time": at, "event": event, **kept}
             line = json.dumps(said, ensure_ascii=False, default=str)
@@ -40,6 +40,13 @@ class Log:
             pass  # nobody reads it
 
 
+@lru_cache(maxsize=1)  # of the lines that come at once
+def _to_the_second(at_s: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at_s))
+
+
 def _plain(value: object) -> str:
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = str(value)
     return text if ONE_WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False)

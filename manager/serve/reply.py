@@ -142,24 +142,27 @@ class Reply:
         await sent.body(body, more=False)
 
     async def _stream(self, sent: Sent) -> None:
-        answer, account = self._work.answer, self._account
-        if self._work.wanted:
-            async with aclosing(pieces_of(self._run, self._work.wanted)) as pieces:
-                async for index, piece in pieces:
-                    account.tokens(len(piece.token_ids))
-                    if piece.prompt_logprobs is None:
-                        said = answer.events(index, piece)
-                    else:
-                        said = await self._made(answer.events, index, piece)
-                    if not sent.has_started:  # an error before the first piece has its own status
-                        await sent.start(200, EVENT_HEADERS)
-                        said = answer.opening() + said
-                    if said:
-                        await sent.body(said)
-        if not sent.has_started:
+        answer, account, wanted = self._work.answer, self._account, self._work.wanted
+        left = len(wanted)
+        if not left:
             await sent.start(200, EVENT_HEADERS)
-            await sent.body(answer.opening())
-        await sent.body(answer.closing(), more=False)
+            await sent.body(answer.opening() + answer.closing(), more=False)
+            return
+        async with aclosing(pieces_of(self._run, wanted)) as pieces:
+            async for index, piece in pieces:
+                account.tokens(len(piece.token_ids))
+                if piece.prompt_logprobs is None:
+                    said = answer.events(index, piece)
+                else:
+                    said = await self._made(answer.events, index, piece)
+                if not sent.has_started:  # an error before the first piece has its own status
+                    await sent.start(200, EVENT_HEADERS)
+                    said = answer.opening() + said
+                left -= piece.finish_reason is not None
+                if not left:
+                    said += answer.closing()
+                if said:
+                    await sent.body(said, more=left > 0)
 
     async def _made(self, make: Callable[[*Parts], bytes], *args: *Parts) -> bytes:
         """A part of the answer; on a thread where prompts make it long."""

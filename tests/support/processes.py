@@ -150,8 +150,9 @@ def run_worker(
     *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`python -m worker ARGS` that is expected to end by itself."""
+    # Of two words for it the last one counts; a free port, whatever else runs on this machine.
     return subprocess.run(
-        [sys.executable, "-m", "worker", *args],
+        [sys.executable, "-m", "worker", "--listen", "127.0.0.1:0", *args],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
