@@ -28,8 +28,8 @@ TAIL_BYTES: Final = 512  # the event with the number of tokens, and what ends th
 SILENCE_S: Final = 60.0
 # Between two looks: tokens of several streams are read at once, as an adapter that moderates its
 # interrupts hands them over. To be woken for every single one would cost the server's cores more
-# than reading does. Up to so much later a first token is seen.
-PAUSE_S: Final = 0.0005
+# than reading does, which is elsewhere mostly. Up to so much later a first token is seen.
+PAUSE_S: Final = 0.001
 
 
 class Stream:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from manager.pace import Pace
+from manager.pace import AT_ONCE, Pace
 from manager.serve.admission import Admission
 from manager.serve.answers import encode, event
 from manager.serve.config import ServeConfig
@@ -75,8 +75,9 @@ class Api:
         limits = config.limits
         self._config, self._keeper, self._log = config, keeper, log
         self._traces = traces
-        self._pace = Pace(config.stream_interval_s)
-        self.admission = Admission(limits.max_concurrent, limits.max_queue)
+        self.admission = admission = Admission(limits.max_concurrent, limits.max_queue)
+        most = config.stream_events
+        self._pace = Pace(lambda: admission.running / most) if most else AT_ONCE
         self.metrics = Metrics(keeper, self.admission)
         self.live = Live(keeper, self.admission)
         self._service = Service(keeper)

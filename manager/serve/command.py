@@ -21,7 +21,7 @@ from manager.options import (
 )
 from manager.serve.config import (
     MAX_BODY_BYTES,
-    STREAM_INTERVAL_S,
+    STREAM_EVENTS,
     Limits,
     ServeConfig,
     named_adapters,
@@ -104,13 +104,12 @@ NEEDED: Final = ("starlette", "uvicorn", "prometheus_client", "llguidance")
     help="Largest request.",
 )
 @click.option(
-    "--stream-interval",
-    "stream_interval_s",
-    type=float,
-    default=STREAM_INTERVAL_S,
+    "--stream-events",
+    type=int,
+    default=STREAM_EVENTS,
     show_default=True,
-    metavar="SECONDS",
-    help="Least time between events of a stream; tokens that come faster share one. 0: none do.",
+    metavar="N",
+    help="Most events a second over all streams; tokens that come faster share one. 0: none do.",
 )
 @click.option(
     "--trace-dir",

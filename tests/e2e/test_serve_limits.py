@@ -207,10 +207,10 @@ def test_a_signal_lets_what_runs_finish_and_takes_nothing_new(narrow: Narrow) ->
 def test_events_of_a_stream_come_as_often_as_wanted(workers: Workers) -> None:
     body = {"prompt": [5, 9], "max_tokens": 60, "ignore_eos": True, "temperature": 0}
     texts = set()
-    for interval, fewest, most in (("0", 30, 61), ("10", 2, 3)):
-        with Server("--workers", workers.option, "--stream-interval", interval) as server:
+    for most_a_second, fewest, most in (("0", 31, 61), ("1", 2, 30)):
+        with Server("--workers", workers.option, "--stream-events", most_a_second) as server:
             events = server.post(PLAIN, body | {"stream": True}).events
-            assert fewest <= len(events) <= most, interval
+            assert fewest <= len(events) <= most, most_a_second
             texts.add("".join(it["choices"][0]["text"] for it in events))
             texts.add(server.post(PLAIN, body).json["choices"][0]["text"])
     assert len(texts) == 1
@@ -227,7 +227,7 @@ def test_events_of_a_stream_come_as_often_as_wanted(workers: Workers) -> None:
         (("--max-concurrent", "0"), "--max-concurrent 0"),
         (("--max-body", "ten"), "--max-body: 'ten' is not a size"),
         (("--request-timeout", "0"), "--request-timeout 0"),
-        (("--stream-interval", "-1"), "--stream-interval -1"),
+        (("--stream-events", "-1"), "--stream-events -1"),
         (("--api-key-file", "/nowhere"), "cannot read the secret file /nowhere"),
         (("--host", "no.such.host.invalid", "--insecure"), "this machine has no such address"),
         (("--adapter", "x=/a", "--adapter", "x=/b"), "would both be the model x"),

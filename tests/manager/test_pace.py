@@ -50,7 +50,7 @@ class Reader:
 
 
 async def test_tokens_within_an_interval_are_one_piece():
-    reader = Reader(Pace(LONG_S))
+    reader = Reader(Pace(lambda: LONG_S))
     assert await reader.takes(1, at_s=0.0) == [(1,)]
     assert await reader.takes(2, at_s=LONG_S / 2) == [(1,)]
     assert await reader.takes(3, at_s=LONG_S) == [(1,), (2, 3)]
@@ -67,7 +67,7 @@ async def test_without_an_interval_each_token_is_a_piece():
 
 
 async def test_a_token_without_a_successor_comes_all_the_same():
-    pace = Pace(0.01)
+    pace = Pace(lambda: 0.01)
     readers = [Reader(pace) for _ in range(2)]
     for reader in readers:
         await reader.takes(1, at_s=1.0)
