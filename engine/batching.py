@@ -16,6 +16,9 @@ from engine.requests import PlannedRun, ScoredRows
 from engine.roster import Roster, Sequence
 
 NO_LIMIT: Final = sys.maxsize
+# Of this size reading the weights is a small part of a chunk's time: a prompt is cut into more of
+# them than overlapping needs rather than into larger ones. Measured with bench/prefill.py.
+LARGE_CHUNK_TOKENS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,11 @@ class Batcher:
         self._token_budget = token_budget
         # Chunks of one prompt follow each other down the pipeline. With n equal chunks over P
         # stages the last one leaves after n + P - 1 chunk times; at n = 2P a stage waits for less
-        # than half of the time, and each further cut reads all the weights once more. One stage
-        # overlaps with nothing. Below some tens of tokens a chunk costs what reading the weights
-        # costs, so a smaller one saves no time.
-        self._overlapping_chunks = 2 * num_stages if num_stages > 1 else 1
+        # than a third of the time, at 4P for less than a fifth, but each further cut reads all the
+        # weights once more. One stage overlaps with nothing. Below some tens of tokens a chunk
+        # costs what reading the weights costs, so a smaller one saves no time.
+        self._fewest_chunks = 2 * num_stages if num_stages > 1 else 1
+        self._most_chunks = 4 * num_stages if num_stages > 1 else 1
         self._min_chunk_tokens = min(min_chunk_tokens, token_budget)
         self._chunk_tokens = 0  # of the present burst of prompts
 
@@ -140,9 +144,12 @@ class Batcher:
 
     def _choose_chunk_tokens(self) -> int:
         """Prompt tokens that one step takes: an equal share of the present burst of prompts."""
-        enough = self._token_budget * self._overlapping_chunks
+        enough = self._token_budget * self._most_chunks
         if self._chunk_tokens < self._token_budget:
-            share = -(-self._pending_tokens(enough) // self._overlapping_chunks)
+            pending = self._pending_tokens(enough)
+            chunks = -(-pending // LARGE_CHUNK_TOKENS)
+            chunks = min(max(chunks, self._fewest_chunks), self._most_chunks)
+            share = -(-pending // chunks)
             block_tokens = self._roster.pool.block_tokens
             share = max(-(-share // block_tokens) * block_tokens, self._min_chunk_tokens)
             # It never shrinks within a burst: the rest of a prompt goes in pieces like the first.

@@ -139,10 +139,10 @@ def test_a_lone_long_prompt_keeps_all_stages_at_work(num_stages: int) -> None:
     first_token_s = chain.generated[0][0]
     chunks = [len(p.command.runs[0].tokens) for p in chain.passages if p.num_decodes == 0]
     assert len(chunks) >= 2 * num_stages and min(chunks) >= 32
-    assert max(chunks) - min(chunks) < 2 * 16 * num_stages  # nearly equal pieces
+    assert max(chunks[:-1]) == min(chunks[:-1]) >= chunks[-1]  # equal pieces, and what is left
     whole_s = num_stages * (0.002 + 1600 * 0.001)
     assert first_token_s < whole_s * (3 * num_stages / (2 * num_stages) / num_stages) * 1.1
-    assert min(chain.busy_shares(0.0, first_token_s)) > 0.6
+    assert min(chain.busy_shares(0.0, first_token_s)) > (0.6 if num_stages > 2 else 0.75)
 
 
 def test_a_short_prompt_after_a_long_one_is_cut_for_itself() -> None:
@@ -152,7 +152,7 @@ def test_a_short_prompt_after_a_long_one_is_cut_for_itself() -> None:
     chain.handle(Submitted(Request(1, tuple(range(5000, 5400)), 1)))
     chain.run_dry()
     chunks = [len(p.command.runs[0].tokens) for p in chain.passages]
-    assert chunks == [400] * 4 + [112] * 3 + [64]
+    assert chunks == [240] * 6 + [160] + [112] * 3 + [64]
 
 
 def test_a_new_prompt_goes_down_the_pipeline_at_once_beside_full_decode_groups() -> None:
