@@ -158,6 +158,8 @@ class ActiveSequence:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if self._unread.is_empty:
+                continue  # woken for what it has read already
             unread, self._unread = self._unread, _Record()
             yield unread.as_piece()
             if unread.finish_reason is not None:
@@ -230,6 +232,11 @@ class _Record:
         self.error: str | None = None
         self.detail = ""
         self.finished_s = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not self.token_ids and self.finish_reason is None and self.prompt_logprobs is None
 
     def as_piece(self) -> Piece:
         return Piece(

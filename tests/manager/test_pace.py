@@ -76,3 +76,17 @@ async def test_a_token_without_a_successor_comes_all_the_same():
         for reader in readers:
             await reader.has(2)
             assert await reader.ends(at_s=1.0) == [(1,), (2,), ()]
+
+
+async def test_nobody_is_woken_for_what_was_read_already():
+    pace = Pace(lambda: 0.01)
+    reader, other = Reader(pace), Reader(pace)
+    for at_s in (1.0, 1.005, 1.01):
+        await reader.takes(1, at_s)
+    await other.takes(1, at_s=1.0)
+    await other.takes(2, at_s=1.005)
+    async with asyncio.timeout(30):
+        await other.has(2)  # the timer is over, for both
+    assert await reader.takes(2, at_s=1.02) == [(1,), (1, 1), (2,)]
+    assert await reader.ends(at_s=1.02) == [(1,), (1, 1), (2,), ()]
+    await other.ends(at_s=1.02)
