@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -146,10 +146,26 @@ class SlurmCluster:
     def start_requeued(self, job_id: object) -> None:
         """Let a requeued job start soon, not in two minutes.
 
-        Not at once: a node refuses a job that was started in the second in which it was ended.
+        Not at once: a node refuses a job that was started in the second in which it was ended. And
+        a node that ends a job's steps looks every second whether one is left, by the job's number:
+        it would end a step of the new start as well.
         """
         self.wait_reason(job_id, "BeginTime")
-        self.sh("scontrol", "update", f"jobid={job_id}", "StartTime=now+2")
+        self._until(f"no node has a step of job {job_id}", lambda: not self._has_steps(job_id))
+        self.sh("scontrol", "update", f"jobid={job_id}", "StartTime=now+4")
+
+    def _has_steps(self, job_id: object) -> bool:
+        """Whether a node still has a process that cares for a step of the job."""
+        nodes = {_network_of(pid) for pid, *_ in self._slurmds()}
+        return any(
+            title.startswith(f"slurmstepd: [{job_id}.") and _network_of(pid) in nodes
+            for pid, title in _titles()
+        )
+
+    def _slurmds(self) -> list[list[str]]:
+        """The lines about nodes of the list of what was started: pid, start, node."""
+        pids = (self.directory / "run" / "pids").read_text(encoding="utf-8").splitlines()
+        return [line.split() for line in pids if re.search(r" node\d+$", line)]
 
     def cancel_all(self) -> None:
         """End whatever is queued or runs, and wait until it is gone."""
@@ -373,3 +389,17 @@ def _own_number() -> Iterator[int]:
                 yield number
                 return
     raise AssertionError("all 19 numbers of clusters are taken on this machine")
+
+
+def _titles() -> Iterator[tuple[str, str]]:
+    """(pid, command line) of every process."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            yield folder.name, (folder / "cmdline").read_text("utf-8", "replace")
+
+
+def _network_of(pid: str) -> str:
+    """The network namespace of a process, empty when it is gone; each node has its own."""
+    with suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/net")
+    return ""
