@@ -61,8 +61,8 @@ class Batcher:
         # than a third of the time, at 4P for less than a fifth, but each further cut reads all the
         # weights once more. One stage overlaps with nothing. Below some tens of tokens a chunk
         # costs what reading the weights costs, so a smaller one saves no time.
-        self._fewest_chunks = 2 * num_stages if num_stages > 1 else 1
-        self._most_chunks = 4 * num_stages if num_stages > 1 else 1
+        overlapping = (2 * num_stages, 4 * num_stages) if num_stages > 1 else (1, 1)
+        self._fewest_chunks, self._most_chunks = overlapping
         self._min_chunk_tokens = min(min_chunk_tokens, token_budget)
         self._chunk_tokens = 0  # of the present burst of prompts
 

@@ -77,7 +77,7 @@ class ActiveSequence:
         # reader gets fewer, longer pieces.
         self._unread = _Record()
         self._wake, self._pace = asyncio.Event(), pace
-        self._due_s = -math.inf  # when the last piece was
+        self._piece_s = -math.inf  # when the last piece was due
         self._scores: list[bytes] = []  # of the prompt's tokens, as they come
         self._num_scored = 0
         self._give_scores_if_whole()
@@ -206,8 +206,8 @@ class ActiveSequence:
             if drawn is not None and drawn.logprob is not None:
                 logprob = TokenLogprob(token, drawn.logprob, tuple(drawn.top))
                 record.logprobs.append(logprob)
-        if self._pace.is_due(self._due_s, now_s):
-            self._due_s = now_s
+        if self._pace.is_due(self._piece_s, now_s):
+            self._piece_s = now_s
             self._wake.set()
         else:
             self._pace.hold(self._wake)

@@ -156,16 +156,16 @@ class SlurmCluster:
 
     def _has_steps(self, job_id: object) -> bool:
         """Whether a node still has a process that cares for a step of the job."""
-        nodes = {_network_of(pid) for pid, *_ in self._slurmds()}
+        nodes = {_network_of(pid) for pid in self._pids(r"node\d+")}
         return any(
             title.startswith(f"slurmstepd: [{job_id}.") and _network_of(pid) in nodes
             for pid, title in _titles()
         )
 
-    def _slurmds(self) -> list[list[str]]:
-        """The lines about nodes of the list of what was started: pid, start, node."""
-        pids = (self.directory / "run" / "pids").read_text(encoding="utf-8").splitlines()
-        return [line.split() for line in pids if re.search(r" node\d+$", line)]
+    def _pids(self, name: str) -> list[str]:
+        """Of what was started under a name that fits, newest last; a slurmd has its node's."""
+        pids = (self.directory / "run" / "pids").read_text(encoding="utf-8")
+        return re.findall(rf"^(\d+) \d+ {name}$", pids, re.MULTILINE)
 
     def cancel_all(self) -> None:
         """End whatever is queued or runs, and wait until it is gone."""
@@ -212,8 +212,7 @@ class SlurmCluster:
 
     @contextmanager
     def _mounted(self, number: int, folder: Path, *words: str) -> Iterator[None]:
-        pids = (self.directory / "run" / "pids").read_text(encoding="utf-8").splitlines()
-        slurmd = next(it.split()[0] for it in reversed(pids) if it.endswith(f" node{number}"))
+        slurmd = self._pids(f"node{number}")[-1]
         inside = ("nsenter", f"--mount=/proc/{slurmd}/ns/mnt")
         self.sh(*inside, "mount", *words, folder)
         try:
@@ -234,8 +233,7 @@ class SlurmCluster:
 
     def stop_controller(self) -> None:
         """End slurmctld: nobody answers any more."""
-        pids = (self.directory / "run" / "pids").read_text(encoding="utf-8")
-        for pid in re.findall(r"^(\d+) \d+ slurmctld$", pids, re.MULTILINE):
+        for pid in self._pids("slurmctld"):
             self.sh("kill", pid, check=False)
         self._until("the controller has ended", lambda: not self._answers())
 
