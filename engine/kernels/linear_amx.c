@@ -10,7 +10,10 @@
 #include "tiles.h"
 
 /* Fewer tokens than this are AVX-512's. */
-enum { TILE_TOKENS_BF16 = 2, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
+enum { TILE_TOKENS_BF16 = 6, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
+/* A tile is loaded at once, so its lines are asked for at once: from so near that the next chunks'
+ * do not fill all buffers of the first-level cache. */
+enum { TILE_PREFETCH_BYTES = 1024 };
 /* Tiles 0-3 are sums, 4 and 5 tokens, 6 and 7 weights. */
 TARGET_AMX static void enter(int format, int tokens) {
     int deep = format == FORMAT_INT4 ? 8 : 16; /* int4 has a scale every 8 x 4 columns */
@@ -27,7 +30,7 @@ TARGET_AMX static void leave(void) { _tile_release(); }
 
 TARGET_AMX INLINE void prefetch(const uint8_t *from, int lines) {
     for (int line = 0; line < lines; line++)
-        _mm_prefetch(from + line * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch(from + line * 64, _MM_HINT_T0);
 }
 
 TARGET_AMX static void bf16_dot(const uint8_t *strip, const Tokens *x, float *out) {
@@ -43,7 +46,7 @@ TARGET_AMX static void bf16_dot(const uint8_t *strip, const Tokens *x, float *ou
     _tile_zero(2);
     _tile_zero(3);
 #define ONE(sum, a, b)                                  \
-    prefetch(strip, 16);                                \
+    prefetch(strip + TILE_PREFETCH_BYTES, 16);          \
     _tile_loadd(b, strip, 64);                          \
     _tile_loadd(a, token, x->token_stride);             \
     _tile_dpbf16ps(sum, a, b);                          \
@@ -131,7 +134,7 @@ TARGET_AMX static void int8_dot(const uint8_t *strip, const Tokens *x, float *ou
     int64_t chunk = 0;
     for (int t = 0; t < tokens; t++) _mm512_store_ps(total[t], _mm512_set1_ps(x->shift[t]));
 #define ONE(sum, a, b)                                     \
-    prefetch(weights, 16);                                 \
+    prefetch(weights + PREFETCH_BYTES, 16);                \
     _tile_zero(sum);                                       \
     _tile_loadd(b, weights, 64);                           \
     _tile_loadd(a, token, x->token_stride);                \
@@ -219,7 +222,7 @@ TARGET_AMX static void int4_dot(const uint8_t *strip, const Tokens *x, float *ou
             halves_apart(strip + chunk * INT4_CHUNK_BYTES, bytes[chunk]);
         written(bytes);
         for (int chunk = 0; chunk < chunks; chunk += 2) {
-            prefetch(strip, 18);
+            prefetch(strip + PREFETCH_BYTES, 18);
             ONE(0, 0, 0, 4, 6) ONE(1, 0, 1, 5, 7)
             if (chunk + 1 < chunks) {
                 ONE(2, 1, 0, 4, 6) ONE(3, 1, 1, 5, 7)

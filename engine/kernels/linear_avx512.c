@@ -18,22 +18,24 @@ TARGET_AVX512 INLINE void int8_pass(const uint8_t *strip, const Tokens *x, int f
                                     const int tokens) {
     __m512 total[8], row_scale = _mm512_loadu_ps(strip);
     UNROLL for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
-    const uint8_t *token = x->x + first * x->token_stride;
+    const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
+    const uint8_t *token = x->x + first * stride;
     const float *scale = x->scale + first;
     strip += INT8_HEAD_BYTES;
-    for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
         __m512i sum[8];
         UNROLL for (int t = 0; t < tokens; t++) sum[t] = _mm512_setzero_si512();
         UNROLL for (int quad = 0; quad < 16; quad++) {
             _mm_prefetch(strip + quad * 64 + PREFETCH_BYTES, _MM_HINT_T0);
             __m512i weights = _mm512_loadu_si512(strip + quad * 64);
             UNROLL for (int t = 0; t < tokens; t++) sum[t] = _mm512_dpbusd_epi32(
-                sum[t], weights, four_of(token + t * x->token_stride, 4 * quad));
+                sum[t], weights, four_of(token + t * stride, 4 * quad));
+            IN_ORDER;
         }
         UNROLL for (int t = 0; t < tokens; t++) total[t] =
             _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_set1_ps(scale[t]), total[t]);
         strip += INT8_CHUNK_BYTES;
-        token += x->chunk_stride;
+        token += step;
         scale += x->tokens;
     }
     UNROLL for (int t = 0; t < tokens; t++)
@@ -47,26 +49,29 @@ TARGET_AVX512 INLINE void int4_pass(const uint8_t *strip, const Tokens *x, int f
     const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi32((int)0xffff0000u);
     __m512 total[8];
     UNROLL for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
-    const uint8_t *token = x->x + first * x->token_stride;
+    const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
+    const uint8_t *token = x->x + first * stride;
     const float *scale = x->scale + first;
     const int32_t *offset = x->offset + first;
-    for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
-        UNROLL for (int line = 0; line < 9; line++)
-            _mm_prefetch(strip + line * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        _mm_prefetch(strip + PREFETCH_BYTES, _MM_HINT_T0);
         __m512i scales = _mm512_loadu_si512(strip);
         UNROLL for (int half = 0; half < 2; half++) {
             __m512i sum[8];
             UNROLL for (int t = 0; t < tokens; t++)
                 sum[t] = _mm512_set1_epi32(offset[half * x->tokens + t]);
             UNROLL for (int octet = 4 * half; octet < 4 * half + 4; octet++) {
-                __m512i both = _mm512_loadu_si512(strip + INT4_HEAD_BYTES + octet * 64);
+                const uint8_t *line = strip + INT4_HEAD_BYTES + octet * 64;
+                _mm_prefetch(line + PREFETCH_BYTES, _MM_HINT_T0);
+                __m512i both = _mm512_loadu_si512(line);
                 __m512i even = _mm512_and_si512(both, low);
                 __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
                 UNROLL for (int t = 0; t < tokens; t++) {
-                    const uint8_t *mine = token + t * x->token_stride;
+                    const uint8_t *mine = token + t * stride;
                     sum[t] = _mm512_dpbusd_epi32(sum[t], even, four_of(mine, 8 * octet));
                     sum[t] = _mm512_dpbusd_epi32(sum[t], odd, four_of(mine, 8 * octet + 4));
                 }
+                IN_ORDER;
             }
             __m512 row_scale = _mm512_castsi512_ps(half ? _mm512_and_si512(scales, upper)
                                                         : _mm512_slli_epi32(scales, 16));
@@ -75,7 +80,7 @@ TARGET_AVX512 INLINE void int4_pass(const uint8_t *strip, const Tokens *x, int f
                 total[t]);
         }
         strip += INT4_CHUNK_BYTES;
-        token += x->chunk_stride;
+        token += step;
         scale += x->tokens;
         offset += 2 * x->tokens;
     }
@@ -88,17 +93,19 @@ TARGET_AVX512_BF16 INLINE void bf16_pass(const uint8_t *strip, const Tokens *x, 
     __m512 sum[8][4];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int s = 0; s < sums; s++) sum[t][s] = _mm512_setzero_ps();
-    const uint8_t *token = x->x + first * x->token_stride;
-    for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
+    const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
+    const uint8_t *token = x->x + first * stride;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
         UNROLL for (int pair = 0; pair < 16; pair++) {
             _mm_prefetch(strip + pair * 64 + PREFETCH_BYTES, _MM_HINT_T0);
             __m512bh weights = (__m512bh)_mm512_loadu_si512(strip + pair * 64);
             UNROLL for (int t = 0; t < tokens; t++) sum[t][pair % sums] = _mm512_dpbf16_ps(
                 sum[t][pair % sums], weights,
-                (__m512bh)four_of(token + t * x->token_stride, 4 * pair));
+                (__m512bh)four_of(token + t * stride, 4 * pair));
+            IN_ORDER;
         }
         strip += BF16_CHUNK_BYTES;
-        token += x->chunk_stride;
+        token += step;
     }
     UNROLL for (int t = 0; t < tokens; t++) {
         UNROLL for (int s = 1; s < sums; s++) sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][s]);
