@@ -28,23 +28,19 @@ static void store(const Linear *work, int64_t strip, int64_t first, int64_t toke
                   const float *out) {
     int64_t row = strip * STRIP_ROWS;
     int count = work->rows - row < STRIP_ROWS ? (int)(work->rows - row) : STRIP_ROWS;
-    for (int64_t t = 0; t < tokens; t++, out += STRIP_ROWS) {
-        float values[STRIP_ROWS];
-        memcpy(values, out, sizeof values);
-        if (work->bias)
-            for (int i = 0; i < count; i++)
-                values[i] += load_element(work->bias, row + i, work->bias_dtype);
-        if (work->residual) {
-            const uint8_t *from = work->residual + (first + t) * work->residual_stride;
-            for (int i = 0; i < count; i++)
-                values[i] += load_element(from, row + i, work->residual_dtype);
-        }
-        uint8_t *to = work->y + (first + t) * work->y_stride;
-        if (work->y_dtype == BF16 && count == STRIP_ROWS)
-            for (int i = 0; i < STRIP_ROWS; i++) ((uint16_t *)to)[row + i] = to_bf16(values[i]);
-        else
-            for (int i = 0; i < count; i++) store_element(to, row + i, work->y_dtype, values[i]);
+    if (work->kernels->store && count == STRIP_ROWS) {
+        work->kernels->store(work, row, first, tokens, out);
+        return;
     }
+    for (int64_t t = first; t < first + tokens; t++, out += STRIP_ROWS)
+        for (int i = 0; i < count; i++) {
+            float value = out[i];
+            if (work->bias) value += load_element(work->bias, row + i, work->bias_dtype);
+            if (work->residual)
+                value += load_element(work->residual + t * work->residual_stride, row + i,
+                                      work->residual_dtype);
+            store_element(work->y + t * work->y_stride, row + i, work->y_dtype, value);
+        }
 }
 
 /* Lays the block's tokens out in `memory`, which token_bytes() says the size of. */

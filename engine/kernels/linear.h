@@ -72,6 +72,8 @@ typedef struct {
     void (*quantize_strip)(int format, const float *columns, int64_t cols, uint8_t *strip);
 } Preparation;
 
+typedef struct Linear Linear;
+
 typedef struct {
     const Preparation *prepare;
     int bf16_as_float; /* the bf16 kernel wants tokens as float, not as bf16 */
@@ -79,12 +81,18 @@ typedef struct {
     Dot dot[3];        /* by format */
     /* Two strips and two blocks of equally many tokens; NULL: four calls of dot[BF16]. */
     void (*dot_2x2)(const uint8_t *strips[2], const Tokens x[2], float *out /* [2][2][16][16] */);
+    /* y of `tokens` tokens from `first` on and 16 rows from `row` on, bias and residual added;
+     * NULL: one by one. */
+    void (*store)(const Linear *work, int64_t row, int64_t first, int64_t tokens,
+                  const float *out);
     /* Round every thread's work on strips; NULL: nothing to do. */
     void (*enter)(int format, int tokens);
     void (*leave)(void);
 } Kernels;
 
 extern const Preparation avx512_preparation;
+void avx512_store(const Linear *work, int64_t row, int64_t first, int64_t tokens,
+                  const float *out);
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;
 extern const Kernels neon_kernels, dotprod_kernels;
@@ -93,7 +101,7 @@ extern const Kernels neon_kernels, dotprod_kernels;
 const Kernels *linear_kernels(void);
 
 /* y = x W^T + bias + residual. Strides are in bytes, from one token to the next. */
-typedef struct {
+struct Linear {
     int format;
     int64_t rows, cols;
     const uint8_t *strips;
@@ -114,7 +122,7 @@ typedef struct {
     int64_t strip_bytes;
     Tokens *blocks;  /* of 16 tokens */
     uint8_t *memory; /* where they lie */
-} Linear;
+};
 int linear(const Linear *work); /* 0: no memory */
 
 /* Rows of a matrix, packed or to be packed. Strides are in elements. */

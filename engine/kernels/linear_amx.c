@@ -246,6 +246,7 @@ const Kernels amx_kernels = {
     .prepare = &avx512_preparation,
     .dot = {bf16_dot, int8_dot, int4_dot},
     .dot_2x2 = dot_2x2,
+    .store = avx512_store,
     .enter = enter,
     .leave = leave,
 };

@@ -122,6 +122,35 @@ TARGET_AVX512 INLINE __m512 sixteen_floats(const void *x, int dtype, int64_t fir
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+TARGET_AVX512 INLINE __m512 plus_sixteen(__m512 values, const void *x, int dtype, int64_t first) {
+    return _mm512_add_ps(values, sixteen_floats(x, dtype, first, first + 16));
+}
+
+TARGET_AVX512 void avx512_store(const Linear *work, int64_t row, int64_t first, int64_t tokens,
+                                const float *out) {
+    for (int64_t t = first; t < first + tokens; t++, out += 16) {
+        __m512 values = _mm512_loadu_ps(out);
+        if (work->bias) values = plus_sixteen(values, work->bias, work->bias_dtype, row);
+        if (work->residual)
+            values = plus_sixteen(values, work->residual + t * work->residual_stride,
+                                  work->residual_dtype, row);
+        uint8_t *to = work->y + t * work->y_stride + row * dtype_bytes(work->y_dtype);
+        if (work->y_dtype == F32) {
+            _mm512_storeu_ps(to, values);
+        } else if (work->y_dtype == F16) {
+            _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(values, 0));
+        } else { /* as to_bf16() does */
+            __m512i bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
+            __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+            __m512i up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+            __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+            rounded = _mm512_mask_or_epi32(rounded, _mm512_cmpunord_ps_mask(values, values),
+                                           upper, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(rounded));
+        }
+    }
+}
+
 /* As KERNEL(quantize_token) does, a vector at a time. */
 TARGET_AVX512 static void quantize_token(const void *x, int dtype, int64_t cols, int as_float,
                                          uint8_t *to, int64_t chunk_stride, float *scale,
@@ -192,11 +221,13 @@ const Preparation avx512_preparation = {avx512_convert_token, quantize_token,
 const Kernels avx512_kernels = {
     .prepare = &avx512_preparation,
     .bf16_as_float = 1,
+    .store = avx512_store,
     .dot = {avx512_bf16_dot, int8_dot, int4_dot},
 };
 
 const Kernels avx512_bf16_kernels = {
     .prepare = &avx512_preparation,
+    .store = avx512_store,
     .dot = {bf16_dot, int8_dot, int4_dot},
 };
 #endif
