@@ -5,7 +5,7 @@
 One token attends to a long context, layer after layer, so that every layer's keys and values come
 from memory; the shape is a 1.1B Llama's (32 query heads, 4 KV heads of 64, bfloat16). Three ways:
 the kernels, torch's path over consecutive blocks (which it reads in place) and over scattered ones
-(which it gathers first). The read loop sums the same tensors and does nothing else: what one thread
+(which it gathers first); and each of them once more with keys and values in 8 bits. The read loop sums the same tensors and does nothing else: what one thread
 can get of this memory. The cost of a call is that of one layer at a context of 16 tokens, where
 hardly anything is computed. Processor time of one thread, medians.
 """
@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -39,14 +40,15 @@ ROUNDS: Final = 7
 class Layers:
     """Keys and values of one sequence in many layers, and its next token."""
 
-    def __init__(self, context: int, layers: int, *, scattered: bool) -> None:
+    def __init__(self, context: int, layers: int, quantize: str, *, scattered: bool) -> None:
         num_blocks = -(-context // BLOCK_TOKENS)
         shape = SiteShape(KV_HEADS, SIZE, SIZE)
         sites = [(layer, 0) for layer in range(layers)]
-        self.cache = BlockCache(dict.fromkeys(sites, shape), num_blocks, torch.bfloat16, CPU)
+        shapes, slots = dict.fromkeys(sites, shape), torch.arange(num_blocks * BLOCK_TOKENS)
+        self.cache = BlockCache(shapes, num_blocks, torch.bfloat16, CPU, quantize)
         for site in sites:
-            for tensor in self.cache.tensors(site):
-                tensor.normal_()
+            rows = [torch.randn(len(slots), KV_HEADS, SIZE).bfloat16() for _ in range(2)]
+            self.cache.write(site, slots, *rows)
         table = torch.randperm(num_blocks) if scattered else torch.arange(num_blocks)
         self.run = StageRun(start=context - 1, num_tokens=1, rope_length=context, blocks=table)
         self.rules = dict.fromkeys(sites, FULL)
@@ -56,7 +58,7 @@ class Layers:
         self.parts = query, key, value
         query, key, value = (it.transpose(0, 1)[None] for it in self.parts)
         self.given = query, key, value  # as models hand them over
-        self.bytes = layers * context * shape.values_per_token * 2
+        self.bytes = layers * context * shape.bytes_per_token(torch.bfloat16, quantize)
 
     def step(self) -> StepContext:
         return StepContext(runs=[self.run], cache=self.cache, device=CPU, rules=self.rules)
@@ -96,19 +98,22 @@ def measure(context: int, num_layers: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     module = torch.nn.Module()
     with torch.inference_mode():
-        for scattered in (False, True):
-            layers = Layers(context, num_layers, scattered=scattered)
+        for quantize, scattered in product(("none", "int8"), (False, True)):
+            layers = Layers(context, num_layers, quantize, scattered=scattered)
             where = "scattered" if scattered else "consecutive"
-            if not scattered:
+            held = "" if quantize == "none" else f", {quantize}"
+            if not scattered and not held:
                 figures["read loop, GB/s"] = layers.bytes / seconds(layers.read) / 1e9
             for kernels in ("auto", "torch"):
                 with native.chosen(kernels):
-                    name = f"{native.name()}, {where} blocks, GB/s"
-                    figures[name] = layers.bytes / seconds(layers.attend) / 1e9
-        short = Layers(BLOCK_TOKENS, num_layers, scattered=False)
-        for kernels in ("auto", "torch"):
+                    name = f"{native.name()}, {where} blocks{held}"
+                    taken_s = seconds(layers.attend)
+                    figures[f"{name}, GB/s"] = layers.bytes / taken_s / 1e9
+                    figures[f"{name}, ms a step"] = 1e3 * taken_s
+        for quantize, kernels in product(("none", "int8"), ("auto", "torch")):
+            short = Layers(BLOCK_TOKENS, num_layers, quantize, scattered=False)
             with native.chosen(kernels):
-                name = native.name()
+                name = native.name() if quantize == "none" else f"{native.name()}, {quantize}"
                 per_call = 1e6 / num_layers
                 figures[f"{name}, a call, us"] = seconds(short.attend, 20) * per_call
                 figures[f"{name}, a call through transformers' interface, us"] = (

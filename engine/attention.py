@@ -330,8 +330,10 @@ def _tell(cache: BlockCache, site: Site, heads: int, rule: Rule, settings: CallS
     sinks = settings.sinks
     if sinks is not None:
         sinks = sinks.detach().float().contiguous()
-    keys, values = cache.tensors(site)
-    packed = kernels.pack_site(keys, values, heads, rule, settings.scale, settings.softcap, sinks)
+    memory = kernels.Memory(*cache.tensors(site), cache.scales(site))
+    packed = kernels.pack_site(
+        memory, cache.dtype, heads, rule, settings.scale, settings.softcap, sinks
+    )
     return Told(packed, settings, sinks)
 
 

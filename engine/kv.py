@@ -1,6 +1,6 @@
 """Hold the keys and values of one lease, in blocks of fixed size.
 
-Knows tensors and block ids only. Which sequence owns which block is decided in the manager
+Knows tensors and block ids only, and whether they are held in 8 bits (`engine.kv_quantize`). Which sequence owns which block is decided in the manager
 (`engine.blocks`); here a block table is taken at its word after its bounds are checked.
 """
 
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from proto.errors import RemoteProtocolError
+from engine.kv_quantize import SCALE_DTYPE, quantized, widened
+from proto.errors import RemoteProtocolError, UsageError
 
 if TYPE_CHECKING:
     from engine.attention import Told
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Tokens per block. Small enough that a short sequence wastes little and that prefixes are shared
 # finely, large enough that a table of 16k tokens is 1024 entries (4 KiB beside each step).
 BLOCK_TOKENS: Final = 16
+
+QUANTIZATIONS: Final = ("none", "int8")
 
 # From here on a tensor has pages of its own; what is smaller is written in no time.
 LARGE_BYTES: Final = 2**20
@@ -44,12 +47,18 @@ class SiteShape:
         """Numbers kept per token: keys and values of all heads."""
         return self.num_heads * (self.key_size + self.value_size)
 
+    def bytes_per_token(self, dtype: torch.dtype, quantize: str = "none") -> int:
+        """What these take, with the scales of keys and values where they are in 8 bits."""
+        if quantize == "none":
+            return self.values_per_token * dtype.itemsize
+        return self.values_per_token + 2 * self.num_heads * SCALE_DTYPE.itemsize
+
 
 class BlockCache:
     """Keys and values of every attention call of one stage, for the sequences of one lease.
 
-    Each site holds two tensors of shape (num_blocks * BLOCK_TOKENS, heads, size). All is zero at
-    first, as memory may come from a lease of somebody else, whose keys nobody else is to attend to.
+    All is zero at first, as memory may come from a lease of somebody else, whose keys nobody else
+    is to attend to.
     """
 
     def __init__(
@@ -58,31 +67,97 @@ class BlockCache:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
+        quantize: str = "none",
     ) -> None:
+        """Make `num_blocks` empty blocks.
+
+        Args:
+            shapes: what each attention call keeps per token.
+            dtype: of what is written and read.
+            quantize: "none": it is held as it is; "int8": in 8 bits.
+        """
         self.num_blocks, self.dtype = num_blocks, dtype
         self.told: dict[Site, Told] = {}  # of `engine.attention`: it names this memory
-        self._keys: dict[Site, Tensor] = {}
-        self._values: dict[Site, Tensor] = {}
+        self._keys: dict[Site, _Rows] = {}
+        self._values: dict[Site, _Rows] = {}
+        rows = _PlainRows if quantize == "none" else _Int8Rows
         for site, shape in shapes.items():
-            rows = (num_blocks * BLOCK_TOKENS, shape.num_heads)
-            self._keys[site] = _zeros((*rows, shape.key_size), dtype, device)
-            self._values[site] = _zeros((*rows, shape.value_size), dtype, device)
+            heads = shape.num_heads
+            self._keys[site] = rows(num_blocks, heads, shape.key_size, dtype, device)
+            self._values[site] = rows(num_blocks, heads, shape.value_size, dtype, device)
 
     def tensors(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, (slots, heads, size) each, contiguous."""
-        return self._keys[site], self._values[site]
+        """Keys and values of all slots, (slots, heads, size) each, contiguous; int8 in 8 bits."""
+        return self._keys[site].numbers, self._values[site].numbers
+
+    def scales(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Of the keys and values of all slots in 8 bits, (blocks, heads, BLOCK_TOKENS) bfloat16."""
+        keys, values = self._keys[site].scales, self._values[site].scales
+        return None if keys is None or values is None else (keys, values)
 
     def write(self, site: Site, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the (tokens, heads, size) `keys` and `values` into the token slots (tokens,)."""
-        self._keys[site].index_copy_(0, slots, keys)
-        self._values[site].index_copy_(0, slots, values)
+        self._keys[site].write(slots, keys)
+        self._values[site].write(slots, values)
 
     def read(self, site: Site, span: KvSpan) -> tuple[Tensor, Tensor]:
         """The (tokens, heads, size) keys and values of one sequence; a view where it can be."""
-        keys, values = self._keys[site], self._values[site]
+        return self._keys[site].read(span), self._values[site].read(span)
+
+
+class _PlainRows:
+    """Keys or values of all slots as they were given."""
+
+    scales = None
+
+    def __init__(
+        self, num_blocks: int, heads: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.numbers = _zeros((num_blocks * BLOCK_TOKENS, heads, size), dtype, device)
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        self.numbers.index_copy_(0, slots, rows)
+
+    def read(self, span: KvSpan) -> Tensor:
         if span.rows is None:
-            return keys[span.start : span.stop], values[span.start : span.stop]
-        return keys.index_select(0, span.rows), values.index_select(0, span.rows)
+            return self.numbers[span.start : span.stop]
+        return self.numbers.index_select(0, span.rows)
+
+
+class _Int8Rows:
+    """Keys or values of all slots in 8 bits.
+
+    A block's scales lie [head][token], as the kernels want them: those of 16 tokens' one head.
+    """
+
+    def __init__(
+        self, num_blocks: int, heads: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._dtype = dtype
+        self.numbers = _zeros((num_blocks * BLOCK_TOKENS, heads, size), torch.int8, device)
+        self.scales = _zeros((num_blocks, heads, BLOCK_TOKENS), SCALE_DTYPE, device)
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        numbers, scales = quantized(rows)
+        self.numbers.index_copy_(0, slots, numbers)
+        self.scales[slots // BLOCK_TOKENS, :, slots % BLOCK_TOKENS] = scales
+
+    def read(self, span: KvSpan) -> Tensor:
+        if span.rows is not None:
+            scales = self.scales[span.rows // BLOCK_TOKENS, :, span.rows % BLOCK_TOKENS]
+            return widened(self.numbers.index_select(0, span.rows), scales, self._dtype)
+        first = span.start // BLOCK_TOKENS
+        blocks = self.scales[first : -(-span.stop // BLOCK_TOKENS)]
+        scales = blocks.transpose(1, 2).flatten(0, 1)  # (tokens, heads)
+        before = first * BLOCK_TOKENS
+        return widened(
+            self.numbers[span.start : span.stop],
+            scales[span.start - before : span.stop - before],
+            self._dtype,
+        )
+
+
+_Rows = _PlainRows | _Int8Rows
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -143,7 +218,17 @@ def check_table(blocks: Tensor, stop: int, num_blocks: int) -> None:
         )
 
 
-def block_bytes(shapes: dict[Site, SiteShape], dtype: torch.dtype) -> int:
+def block_bytes(shapes: dict[Site, SiteShape], dtype: torch.dtype, quantize: str = "none") -> int:
     """Bytes of one block over all attention calls of a stage."""
-    per_token = sum(shape.values_per_token for shape in shapes.values())
-    return per_token * BLOCK_TOKENS * dtype.itemsize
+    per_token = sum(shape.bytes_per_token(dtype, quantize) for shape in shapes.values())
+    return per_token * BLOCK_TOKENS
+
+
+def check_quantization(quantize: str) -> None:
+    """Refuse what keys and values cannot be held in.
+
+    Raises:
+        UsageError: there is no such way.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise UsageError(f"--kv-quantize {quantize}: it must be one of {', '.join(QUANTIZATIONS)}.")

@@ -34,6 +34,10 @@ static void write_rows(char *to, const Rows *rows, int64_t row, int64_t slot, in
 
 static void write_run(const Attention *all, const Run *run) {
     const Site *site = all->site;
+    if (site->stored == I8) {
+        kernels()->quantize(all, run);
+        return;
+    }
     const int64_t bytes = dtype_bytes((int)site->dtype);
     for (int64_t i = 0; i < run->num_tokens; i++) {
         int64_t slot = slot_of(all->tables + run->table, run->start + i);

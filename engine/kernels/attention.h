@@ -1,7 +1,8 @@
 /* Attention of a step's tokens over KV blocks: what is asked for, and its pieces.
  *
  * A token's slot is block * 16 + offset; a site's keys are [slot][kv head][key_size], its values
- * [slot][kv head][value_size]. The context of a run is cut at multiples of STRETCH_TOKENS into
+ * [slot][kv head][value_size]. In 8 bits each token and head has a scale, [block][kv head][offset]
+ * in bfloat16, so that those of a block are side by side where they are needed. The context of a run is cut at multiples of STRETCH_TOKENS into
  * stretches, each of which gives a partial softmax (sums, their largest score, their weight); what
  * a run gets depends on its own length alone, neither on its neighbours nor on the threads.
  */
@@ -15,8 +16,11 @@ enum { SEES_ALL = 0, SEES_WINDOW = 1, SEES_CHUNK = 2 };
 
 /* What holds for every call of a site, as Python packs it. */
 typedef struct {
-    int64_t keys, values; /* addresses */
-    int64_t dtype, heads, kv_heads, key_size, value_size;
+    int64_t keys, values;             /* addresses */
+    int64_t key_scales, value_scales; /* addresses, where `stored` is I8 */
+    int64_t dtype;                    /* of queries, of new keys and values, and of the result */
+    int64_t stored;                   /* of keys and values in memory: `dtype` or I8 */
+    int64_t heads, kv_heads, key_size, value_size;
     int64_t rule, window;
     int64_t sinks; /* address of a float for each head, or 0 */
     double scale;
@@ -80,23 +84,27 @@ typedef struct {
     int next, parts;
     struct {
         const char *at, *end;
-    } part[2 * TILE_TOKENS / BLOCK_TOKENS];
+    } part[4 * TILE_TOKENS / BLOCK_TOKENS];
     int lines; /* of all parts together */
 } Ahead;
 
 INLINE void look_ahead(Ahead *ahead, const Site *site, const int64_t *table, int64_t begin,
                        int64_t end) {
-    const char *memory[2] = {(const char *)site->keys, (const char *)site->values};
-    int64_t block[2] = {site->key_size, site->value_size};
+    const char *memory[4] = {(const char *)site->keys, (const char *)site->values,
+                             (const char *)site->key_scales, (const char *)site->value_scales};
+    const int64_t bytes = dtype_bytes((int)site->stored);
+    /* Of a token's head; a scale is bfloat16. */
+    int64_t head[4] = {site->key_size * bytes, site->value_size * bytes, 2, 2};
+    const int kinds = site->stored == I8 ? 4 : 2;
     ahead->at = ahead->end = NULL;
     ahead->next = ahead->parts = ahead->lines = 0;
     for (int64_t at = begin; at < begin + TILE_TOKENS && at < end; at += BLOCK_TOKENS)
-        for (int i = 0; i < 2; i++) {
-            int64_t bytes = BLOCK_TOKENS * site->kv_heads * block[i] * dtype_bytes(site->dtype);
-            const char *from = memory[i] + table[at / BLOCK_TOKENS] * bytes;
+        for (int i = 0; i < kinds; i++) {
+            int64_t block = BLOCK_TOKENS * site->kv_heads * head[i];
+            const char *from = memory[i] + table[at / BLOCK_TOKENS] * block;
             ahead->part[ahead->parts].at = from;
-            ahead->part[ahead->parts++].end = from + bytes;
-            ahead->lines += (int)(bytes / 64);
+            ahead->part[ahead->parts++].end = from + block;
+            ahead->lines += (int)(block / 64);
         }
 }
 
@@ -122,6 +130,8 @@ typedef struct {
                    Partial out);
     /* The run's result from all its stretches, which lie `partial_floats` apart. */
     void (*finish)(const Attention *all, const Run *run, float *partials, int64_t count);
+    /* The run's keys and values, rounded to 8 bits, to their slots. */
+    void (*quantize)(const Attention *all, const Run *run);
 } AttentionKernels;
 
 #endif

@@ -10,20 +10,31 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from engine.kernels import native
-from engine.kernels.native import DTYPES
+from engine.kernels.native import DTYPES, INT8
 from engine.masks import Rule
 
 # A longer run has enough tokens for torch's matrix multiplications to be the faster way.
 MAX_RUN_TOKENS: Final = 16
 
 _RULES: Final = {"full": 0, "sliding": 1, "chunked": 2}
-_SITE: Final = struct.Struct("=10q2d")
+_SITE: Final = struct.Struct("=13q2d")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Keys and values of one site."""
+
+    keys: Tensor  # (slots, kv_heads, key_size), contiguous, as are
+    values: Tensor  # (slots, kv_heads, value_size), and
+    # (blocks, kv_heads, tokens of a block) bfloat16 of both, where they are int8.
+    scales: tuple[Tensor, Tensor] | None
 
 
 def can_attend(device: torch.device) -> bool:
@@ -32,8 +43,8 @@ def can_attend(device: torch.device) -> bool:
 
 
 def pack_site(
-    keys: Tensor,
-    values: Tensor,
+    memory: Memory,
+    dtype: torch.dtype,
     heads: int,
     rule: Rule,
     scale: float,
@@ -43,17 +54,22 @@ def pack_site(
     """What holds for every call of a site; None where the kernels have no such types.
 
     Args:
-        keys: (slots, kv_heads, key_size), contiguous; must outlive the result, like
-        values: (slots, kv_heads, value_size), and
+        memory: where keys and values are; must outlive the result, as must
         sinks: (heads,) float32, contiguous.
+        dtype: of queries, new keys and new values.
     """
-    dtype = DTYPES.get(keys.dtype)
-    if dtype is None or values.dtype != keys.dtype or heads % keys.shape[1]:
+    keys, values, scales = memory.keys, memory.values, memory.scales
+    known = DTYPES.get(dtype)
+    if known is None or heads % keys.shape[1]:
         return None
+    assert keys.dtype == values.dtype == (dtype if scales is None else torch.int8)
     return _SITE.pack(
         keys.data_ptr(),
         values.data_ptr(),
-        dtype,
+        0 if scales is None else scales[0].data_ptr(),
+        0 if scales is None else scales[1].data_ptr(),
+        known,
+        known if scales is None else INT8,
         heads,
         keys.shape[1],
         keys.shape[2],

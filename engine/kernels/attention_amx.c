@@ -1,7 +1,9 @@
-/* Attention for AMX, over blocks of bfloat16 whose heads are a multiple of 32 long; what else there
+/* Attention for AMX, for queries of bfloat16 whose heads are a multiple of 32 long; what else there
  * is goes to AVX-512.
  *
- * Keys and values go into tiles as they lie in their blocks. Keys times queries are scores by
+ * Keys and values go into tiles as they lie in their blocks; those of 8 bits by way of a piece of
+ * the first-level cache, where they are bfloat16 for a moment. Their scales, one for each token, are
+ * factors of the scores and of the weights. Keys times queries are scores by
  * [token][row], so each lane of a vector is a row of its own and no softmax goes across lanes;
  * where a KV head has few rows, several heads share the 16 lanes. The instruction adds up products
  * of neighbours: of two columns of a key, as it should, but of two columns of a value as well. So
@@ -16,9 +18,11 @@
 #define LANES 16
 #define TARGET TARGET_AMX
 #define KERNEL(name) amx_##name
+#define DOT_BFLOATS 1
 #include "lanes.h"
 
 #include "attention.h"
+#include "attention_int8.h"
 #include "tiles.h"
 
 extern const AttentionKernels avx512bf16_attention_kernels;
@@ -41,7 +45,13 @@ typedef struct {
     uint16_t *values;  /* [token of a block][column]: one whose tokens are not all there */
     float *sums;       /* [KV head][part][32 columns][even, odd][row][column] */
     float *largest, *weight; /* [group][lane] */
+    /* Where keys and values are of 8 bits. */
+    TileScales *scales; /* [head of the group] */
+    uint16_t *pieces;   /* [PIECES][row][column]: tiles of bfloat16 */
 } Room;
+
+/* So many, that a tile need not be loaded from where another one is still being loaded from. */
+enum { PIECES = TILE_TOKENS / BLOCK_TOKENS };
 
 static int make_room(Room *room, const Site *site, int64_t num_tokens) {
     room->rows = site->heads / site->kv_heads * num_tokens;
@@ -59,16 +69,19 @@ static int make_room(Room *room, const Site *site, int64_t num_tokens) {
         4 * parts * room->width * site->value_size,
         4 * parts * LANES,
         4 * parts * LANES,
+        room->sharing * (int64_t)sizeof(TileScales),
+        2 * PIECES * TILE_HALVES,
     };
     int64_t total = 0;
-    for (int i = 0; i < 7; i++) total += bytes[i];
+    for (int i = 0; i < 9; i++) total += bytes[i];
     char *at = scratch(SCRATCH_ATTENTION + 1, total);
     if (!at) return 0;
-    void *places[7];
-    for (int i = 0; i < 7; at += bytes[i++]) places[i] = at;
+    void *places[9];
+    for (int i = 0; i < 9; at += bytes[i++]) places[i] = at;
     room->queries = places[0], room->scores = places[1], room->weights = places[2];
     room->values = places[3], room->sums = places[4];
     room->largest = places[5], room->weight = places[6];
+    room->scales = places[7], room->pieces = places[8];
     memset(room->queries, 0, bytes[0]);
     memset(room->sums, 0, bytes[4]);
     return 1;
@@ -118,11 +131,25 @@ typedef struct {
     const int64_t *slots;
     int64_t first, count; /* tokens that are there */
     int64_t key_apart, value_apart; /* bytes, from one token to the next */
+    int stored;                     /* BF16 or I8 */
 } Memory;
+
+/* 16 tokens' 32 columns of keys or values, `apart` bytes from one another, into tile 2. */
+TARGET INLINE void load_columns(const Room *room, int stored, const char *from, int64_t apart,
+                                int64_t piece) {
+    if (stored == I8) {
+        uint16_t *to = room->pieces + piece % PIECES * TILE_HALVES;
+        UNROLL for (int64_t t = 0; t < 16; t++) widen_32(to + t * TILE_COLUMNS, from + t * apart);
+        written(to);
+        from = (const char *)to, apart = 2 * TILE_COLUMNS;
+    }
+    _tile_loadd(2, from, apart);
+}
 
 TARGET static void all_scores(const Room *room, const Memory *memory, int64_t head, int64_t heads,
                               int64_t part, Ahead *ahead, int lines) {
-    const int64_t head_bytes = room->key_tiles * TILE_COLUMNS * 2;
+    const int64_t tile_bytes = TILE_COLUMNS * dtype_bytes(memory->stored);
+    const int64_t head_bytes = room->key_tiles * tile_bytes;
     for (int64_t t = 0; t < memory->count; t += 32) {
         const char *low = memory->keys + memory->slots[t] * memory->key_apart + head * head_bytes;
         /* Where there is no second block the first one's scores are made twice. */
@@ -136,18 +163,37 @@ TARGET static void all_scores(const Room *room, const Memory *memory, int64_t he
         for (int64_t i = 0; i < heads * room->key_tiles; i++) {
             _tile_loadd(3, query, 64);
             ask(ahead, lines);
-            _tile_loadd(2, low, memory->key_apart);
+            load_columns(room, memory->stored, low, memory->key_apart, 2 * i);
             ask(ahead, lines);
             _tile_dpbf16ps(0, 2, 3);
             ask(ahead, lines);
-            _tile_loadd(2, high, memory->key_apart);
+            load_columns(room, memory->stored, high, memory->key_apart, 2 * i + 1);
             ask(ahead, lines);
             _tile_dpbf16ps(1, 2, 3);
-            low += 64, high += 64, query += TILE_HALVES;
+            low += tile_bytes, high += tile_bytes, query += TILE_HALVES;
         }
         _tile_stored(0, room->scores + t * LANES, 64);
         _tile_stored(1, room->scores + (t + 16) * LANES, 64);
     }
+}
+
+/* What each lane's head has at token t; `of` is that of the group's first head. */
+TARGET INLINE Floats lane_scales(const Room *room, const float *of, int64_t heads, int64_t t) {
+    __m512 by = _mm512_set1_ps(of[t]);
+    __mmask16 lanes = (__mmask16)((1 << room->width) - 1);
+    for (int64_t i = 1; i < heads; i++) {
+        of += sizeof(TileScales) / sizeof(float);
+        lanes = (__mmask16)(lanes << room->width);
+        by = _mm512_mask_mov_ps(by, lanes, _mm512_set1_ps(of[t]));
+    }
+    return (Floats)by;
+}
+
+TARGET static void scale_scores(const Room *room, int64_t heads, int64_t count) {
+    for (int64_t t = 0; t < count; t++)
+        store(room->scores, t * LANES,
+              load(room->scores, t * LANES, F32) * lane_scales(room, room->scales->keys, heads, t),
+              F32);
 }
 
 /* Words [token][lane] to [lane][token]: their upper halves, lower ones in `to`, once more as they
@@ -220,10 +266,11 @@ TARGET INLINE Floats largest_scores(const Room *room, const Site *site, int64_t 
     return most[0];
 }
 
-/* Scores become weights. Returns whether sums are to be rescaled, and with what. */
-TARGET INLINE int soften(const Room *room, const Site *site, int64_t group, int64_t count,
-                         Ints low, Ints high, int all_seen, Floats *rescaled, Ahead *ahead,
-                         int lines) {
+/* Scores of so many heads become weights, with the values' scales in them. Returns whether sums are
+ * to be rescaled, and with what. */
+TARGET INLINE int soften(const Room *room, const Site *site, int64_t group, int64_t heads,
+                         int64_t count, Ints low, Ints high, int all_seen, Floats *rescaled,
+                         Ahead *ahead, int lines) {
     const Floats nothing = splat(-__builtin_inff());
     const float *scores = room->scores;
     /* Powers of two: the logarithm's base is in the scale. */
@@ -245,6 +292,8 @@ TARGET INLINE int soften(const Room *room, const Site *site, int64_t group, int6
             __m512 score = _mm512_load_ps(scores + (t + i) * LANES);
             __m512 weight = power_of_two(_mm512_fmsub_ps(score, scale, most_scaled));
             total += (Floats)weight;
+            if (site->stored == I8)
+                weight *= (__m512)lane_scales(room, room->scales->values, heads, t + i);
             rounded[i] = (__m512i)((Words)weight + 0x8000); /* to the nearest in the upper half */
         }
         turn_round(rounded, room->weights + t * 2 * LANES);
@@ -276,7 +325,8 @@ TARGET static void some_values(const Room *room, const char *from, int64_t apart
 /* Head `head`, the group's number `i`. */
 TARGET static void add_values(const Room *room, const Memory *memory, int64_t head, int64_t i,
                               float *sums, Ahead *ahead, int lines) {
-    const int64_t bytes = 2 * TILE_COLUMNS * room->value_tiles, apart = memory->value_apart;
+    const int64_t tile_bytes = TILE_COLUMNS * dtype_bytes(memory->stored);
+    const int64_t bytes = tile_bytes * room->value_tiles, apart = memory->value_apart;
     const uint32_t *weights = room->weights + i * room->width * LANES;
     for (int64_t tile = 0; tile < room->value_tiles; tile++) {
         float *odd = sums + room->width * LANES;
@@ -286,12 +336,13 @@ TARGET static void add_values(const Room *room, const Memory *memory, int64_t he
             const char *from = memory->values + memory->slots[t] * apart + head * bytes;
             int64_t first = memory->first - t, count = memory->count - t, stride = apart;
             ask(ahead, lines);
-            if (first > 0 || count < BLOCK_TOKENS) {
+            if (memory->stored == BF16 && (first > 0 || count < BLOCK_TOKENS)) {
                 some_values(room, from, apart, first, count);
                 written(room->values);
                 from = (const char *)room->values, stride = bytes;
             }
-            _tile_loadd(2, from + 64 * tile, stride);
+            load_columns(room, memory->stored, from + tile_bytes * tile, stride,
+                         t / BLOCK_TOKENS);
             ask(ahead, lines);
             _tile_loadd(4, weights + t * 2 * LANES, 64);
             ask(ahead, lines);
@@ -349,7 +400,7 @@ TARGET static void hand_over(const Room *room, const Site *site, int64_t num_tok
 TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, int64_t end,
                           int64_t stop, Partial out) {
     const Site *site = all->site;
-    const int64_t *table = all->tables + run->table;
+    const int64_t *table = all->tables + run->table, bytes = dtype_bytes((int)site->stored);
     if (site->dtype != BF16 || site->key_size % TILE_COLUMNS || site->value_size % TILE_COLUMNS ||
         site->heads / site->kv_heads * run->num_tokens < LEAST_ROWS || !(site->scale > 0.0))
         return avx512bf16_attention_kernels.stretch(all, run, begin, end, stop, out);
@@ -371,7 +422,8 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
         const Memory memory = {
             (const char *)site->keys, (const char *)site->values, slots,
             begin > at ? begin - at : 0, count,
-            site->kv_heads * site->key_size * 2, site->kv_heads * site->value_size * 2,
+            site->kv_heads * site->key_size * bytes, site->kv_heads * site->value_size * bytes,
+            (int)site->stored,
         };
         look_ahead(&ahead, site, table, at + count, stop);
         const int64_t blocks = (count + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
@@ -390,8 +442,13 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
             float by[LANES];
             int all_seen = bounds(&room, site, run, part, at, &memory, &low, &high);
             all_scores(&room, &memory, head, heads, part, &ahead, for_scores);
-            int grew = soften(&room, site, group, count, low, high, all_seen, &rescaled, &ahead,
-                              for_weights);
+            if (memory.stored == I8) {
+                for (int64_t i = 0; i < heads; i++)
+                    take_scales(&room.scales[i], site, slots, count, head + i);
+                scale_scores(&room, heads, count);
+            }
+            int grew = soften(&room, site, group, heads, count, low, high, all_seen, &rescaled,
+                              &ahead, for_weights);
             store(by, 0, rescaled, F32);
             for (int64_t i = 0; i < heads; i++) {
                 float *sums = room.sums + ((head + i) * room.parts + part) * 2 *
@@ -411,5 +468,5 @@ TARGET static void finish(const Attention *all, const Run *run, float *partials,
     avx512bf16_attention_kernels.finish(all, run, partials, count);
 }
 
-const AttentionKernels amx_attention_kernels = {stretch, finish};
+const AttentionKernels amx_attention_kernels = {stretch, finish, quantize};
 #endif

@@ -9,11 +9,13 @@
  *   SUM_ROWS, SUM_VECTORS  rows and vectors of sums that stay in registers over a tile's values
  */
 #include "attention.h"
+#include "attention_int8.h"
 
 /* Memory of one stretch; sizes in floats. */
 typedef struct {
     float *queries;  /* [row][padded key size], of all KV heads; bfloat16 where DOT_BFLOATS */
-    float *keys;     /* [token of the tile][padded key size]; unused where DOT_BFLOATS */
+    float *keys;     /* [token of the tile][padded key size]; bfloat16 where they are multiplied
+                        as such and do not lie so */
     float *values;   /* [token of the tile][padded value size] */
     float *scores;   /* [row of one KV head][TILE_TOKENS] */
     float *rescaled; /* [row of one KV head]: what the sums so far are multiplied with */
@@ -117,9 +119,12 @@ TARGET static void all_scores(const Workspace *space, const float *queries, int6
     }
 }
 
-/* Scores of one row become weights; `low` and `high` bound the tokens of the tile that it sees. */
+/* Scores of one row become weights; `low` and `high` bound the tokens of the tile that it sees.
+ * Scales of keys and values in 8 bits are taken account of here, where there is one number for each
+ * token. */
 LANE_FUNCTION void soften(const Site *site, float *scores, int64_t count, int64_t low,
-                          int64_t high, float *largest, float *weight, float *rescaled) {
+                          int64_t high, float *largest, float *weight, float *rescaled,
+                          const TileScales *scales, int stored) {
     *rescaled = 1.0f;
     if (low >= count || high <= 0) {
         memset(scores, 0, TILE_TOKENS * sizeof *scores);
@@ -133,6 +138,7 @@ LANE_FUNCTION void soften(const Site *site, float *scores, int64_t count, int64_
     Floats most = splat(-__builtin_inff());
     for (int32_t t = 0; t < TILE_TOKENS; t += LANES) {
         Floats score = load(scores, t, F32) * scale;
+        if (stored == I8) score *= load(scales->keys, t, F32);
         if (cap != 0.0f) score = hyperbolic_tangent(score / cap) * cap;
         if (t < first || t + LANES > stop)
             score = choose((lane + t >= first) & (lane + t < stop), score,
@@ -149,6 +155,7 @@ LANE_FUNCTION void soften(const Site *site, float *scores, int64_t count, int64_
     for (int32_t t = 0; t < TILE_TOKENS; t += LANES) {
         Floats one = exponential(load(scores, t, F32) - before);
         total += one;
+        if (stored == I8) one *= load(scales->values, t, F32);
         store(scores, t, one, F32);
     }
     *weight = *weight * *rescaled + sum_lanes(total);
@@ -202,21 +209,21 @@ TARGET static void add_all_values(const Workspace *space, float *sums, int64_t r
 }
 
 LANE_FUNCTION int stretch_of(const Attention *all, const Run *run, int64_t begin, int64_t end,
-                             int64_t stop, Partial out, int dtype) {
+                             int64_t stop, Partial out, int dtype, int stored) {
     const Site *site = all->site;
     const int64_t *table = all->tables + run->table;
     const int64_t key_size = site->key_size, value_size = site->value_size;
     const int64_t group = site->heads / site->kv_heads, rows = group * run->num_tokens;
-    const int64_t key_slot = site->kv_heads * key_size * dtype_bytes(dtype);
-    const int64_t value_slot = site->kv_heads * value_size * dtype_bytes(dtype);
-    const int as_they_lie = DOT_BFLOATS && dtype == BF16 && key_size % (2 * LANES) == 0;
+    const int64_t key_slot = site->kv_heads * key_size * dtype_bytes(stored);
+    const int64_t value_slot = site->kv_heads * value_size * dtype_bytes(stored);
+    const int by_bfloats = DOT_BFLOATS && dtype == BF16 && key_size % (2 * LANES) == 0;
     Workspace space;
     if (!make_workspace(&space, site, run->num_tokens)) return 0;
     for (int64_t row = 0; row < site->heads * run->num_tokens; row++) {
         int64_t head = row / rows * group + row % group, token = row % rows / group;
         const char *query = all->queries.base + (run->first_row + token) * all->queries.token +
                             head * all->queries.head;
-        if (as_they_lie)
+        if (by_bfloats)
             memcpy((uint16_t *)space.queries + row * key_size, query, 2 * key_size);
         else
             widen(space.queries + row * padded(key_size), query, key_size, dtype);
@@ -225,6 +232,7 @@ LANE_FUNCTION int stretch_of(const Attention *all, const Run *run, int64_t begin
         memset(out.sums + row * padded(value_size), 0, padded(value_size) * sizeof(float));
     }
     int64_t slots[TILE_TOKENS], count;
+    TileScales scales = {{0}, {0}};
     Ahead ahead;
     /* Whole blocks: what lies before `begin` is not seen, and its values are not read. */
     for (int64_t at = begin / BLOCK_TOKENS * BLOCK_TOKENS; at < end; at += count) {
@@ -237,31 +245,37 @@ LANE_FUNCTION int stretch_of(const Attention *all, const Run *run, int64_t begin
                                                ((rows + QUERY_ROWS - 1) / QUERY_ROWS));
         const int for_values = share(half, site->kv_heads * count);
         for (int64_t head = 0; head < site->kv_heads; head++) {
-            const char *keys = (const char *)site->keys + head * key_size * dtype_bytes(dtype);
+            const char *keys = (const char *)site->keys + head * key_size * dtype_bytes(stored);
             const char *values =
-                (const char *)site->values + head * value_size * dtype_bytes(dtype);
+                (const char *)site->values + head * value_size * dtype_bytes(stored);
+            if (stored == I8) take_scales(&scales, site, slots, count, head);
 #if DOT_BFLOATS
-            if (as_they_lie)
-                all_scores_of_bfloats(&space,
-                                      (const uint16_t *)space.queries + head * rows * key_size,
-                                      rows, count, key_size, keys, slots, key_slot, &ahead,
-                                      for_scores);
-            else
+            if (by_bfloats) {
+                const uint16_t *queries = (const uint16_t *)space.queries + head * rows * key_size;
+                int64_t in_order[TILE_TOKENS];
+                if (stored == I8)
+                    widen_to_bfloats((uint16_t *)space.keys, keys, slots, in_order, count, key_slot,
+                                     key_size);
+                all_scores_of_bfloats(&space, queries, rows, count, key_size,
+                                      stored == I8 ? (const char *)space.keys : keys,
+                                      stored == I8 ? in_order : slots,
+                                      stored == I8 ? 2 * key_size : key_slot, &ahead, for_scores);
+            } else
 #endif
             {
-                widen_tile(space.keys, keys, slots, 0, count, key_slot, key_size, dtype, &ahead,
+                widen_tile(space.keys, keys, slots, 0, count, key_slot, key_size, stored, &ahead,
                            0);
                 all_scores(&space, space.queries + head * rows * padded(key_size), rows, count,
                            padded(key_size), &ahead, for_scores);
             }
-            widen_tile(space.values, values, slots, first, count, value_slot, value_size, dtype,
+            widen_tile(space.values, values, slots, first, count, value_slot, value_size, stored,
                        &ahead, for_values);
             for (int64_t row = 0; row < rows; row++) {
                 int64_t position = run->start + row / group;
                 int64_t low = first_visible(site, position) - at;
                 soften(site, space.scores + row * TILE_TOKENS, count, low > first ? low : first,
                        position + 1 - at, out.largest + head * rows + row,
-                       out.weight + head * rows + row, space.rescaled + row);
+                       out.weight + head * rows + row, space.rescaled + row, &scales, stored);
             }
             add_all_values(&space, out.sums + head * rows * padded(value_size), rows, first,
                            count, padded(value_size));
@@ -307,10 +321,12 @@ LANE_FUNCTION void finish_as(const Attention *all, const Run *run, float *partia
 
 TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, int64_t end,
                           int64_t stop, Partial out) {
-    switch (all->site->dtype) {
-        case BF16: return stretch_of(all, run, begin, end, stop, out, BF16);
-        case F16: return stretch_of(all, run, begin, end, stop, out, F16);
-        default: return stretch_of(all, run, begin, end, stop, out, F32);
+    const int dtype = (int)all->site->dtype;
+    if (all->site->stored == I8) return stretch_of(all, run, begin, end, stop, out, dtype, I8);
+    switch (dtype) {
+        case BF16: return stretch_of(all, run, begin, end, stop, out, BF16, BF16);
+        case F16: return stretch_of(all, run, begin, end, stop, out, F16, F16);
+        default: return stretch_of(all, run, begin, end, stop, out, F32, F32);
     }
 }
 
@@ -322,4 +338,4 @@ TARGET static void finish(const Attention *all, const Run *run, float *partials,
     }
 }
 
-const AttentionKernels KERNEL(attention_kernels) = {stretch, finish};
+const AttentionKernels KERNEL(attention_kernels) = {stretch, finish, quantize};

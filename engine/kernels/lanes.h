@@ -2,8 +2,8 @@
  * KERNEL as for linear_lanes.h, and one of LANES_AVX512, LANES_AVX2, LANES_NEON or none.
  *
  * Arithmetic is the compiler's vector extension; here is only what has no operator: conversions,
- * the exponential and its kin, sums across lanes. Memory holds float32, bfloat16 or float16;
- * numbers in registers are float32. Where a function takes a `dtype`, it is a constant after
+ * the exponential and its kin, sums across lanes. Memory holds float32, bfloat16, float16 or whole
+ * numbers of 8 bits, which are only read; numbers in registers are float32. Where a function takes a `dtype`, it is a constant after
  * inlining.
  */
 #include "native.h"
@@ -14,6 +14,7 @@ typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 #define UNROLL _Pragma("GCC unroll 16")
 #define LANE_FUNCTION TARGET __attribute__((unused)) INLINE
@@ -91,10 +92,28 @@ LANE_FUNCTION Floats from_bfloats(Halves h) {
 #endif
 }
 
+/* So many whole numbers of 8 bits. */
+LANE_FUNCTION Floats from_bytes(const void *from) {
+#if defined(LANES_AVX512)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+#elif defined(LANES_AVX2)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));
+#elif defined(LANES_NEON)
+    uint32_t four;
+    memcpy(&four, from, sizeof four);
+    return (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+#else
+    Bytes x;
+    memcpy(&x, from, sizeof x);
+    return __builtin_convertvector(x, Floats);
+#endif
+}
+
 /* One vector from element `at` on. */
 LANE_FUNCTION Floats load(const void *from, int64_t at, int dtype) {
     Floats x;
     Halves h;
+    if (dtype == I8) return from_bytes((const int8_t *)from + at);
     if (dtype == F32) {
         memcpy(&x, (const float *)from + at, sizeof x);
         return x;
@@ -123,6 +142,18 @@ LANE_FUNCTION void store_part(void *to, int64_t at, int64_t count, Floats x, int
     uint32_t room[LANES];
     store(room, 0, x, dtype);
     memcpy((char *)to + at * dtype_bytes(dtype), room, count * dtype_bytes(dtype));
+}
+
+/* `count` elements from `at` on, where there may be fewer than a vector has lanes. */
+LANE_FUNCTION Floats load_up_to(const void *from, int64_t at, int64_t count, int dtype) {
+    return count >= LANES ? load(from, at, dtype) : load_part(from, at, count, dtype);
+}
+
+LANE_FUNCTION void store_up_to(void *to, int64_t at, int64_t count, Floats x, int dtype) {
+    if (count >= LANES)
+        store(to, at, x, dtype);
+    else
+        store_part(to, at, count, x, dtype);
 }
 
 /* What `x` is after it was stored. */

@@ -12,12 +12,13 @@
 
 /* Of what Python hands over and what lies packed on disks: raised, here and in native.py, whenever
  * arguments, structures or layouts change, so that neither meets the other of another version. */
-enum { KERNELS_VERSION = 2 };
+enum { KERNELS_VERSION = 3 };
 
-/* Element types, by the numbers that `engine.kernels.native.DTYPES` gives them. */
-enum { BF16 = 0, F16 = 1, F32 = 2 };
+/* Element types, by the numbers that `engine.kernels.native.DTYPES` gives them. I8 is only for keys
+ * and values in memory: attention_int8.h. */
+enum { BF16 = 0, F16 = 1, F32 = 2, I8 = 3 };
 
-INLINE int64_t dtype_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
+INLINE int64_t dtype_bytes(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1 : 2; }
 
 INLINE float float_of(uint32_t bits) {
     float value;

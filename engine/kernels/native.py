@@ -19,6 +19,7 @@ from proto.errors import UsageError
 
 # What the C code calls each element type (native.h).
 DTYPES: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+INT8: Final = 3  # of keys and values in memory only
 TORCH: Final = "torch"
 AUTO: Final = "auto"
 CHOICES: Final = (
@@ -27,7 +28,7 @@ CHOICES: Final = (
 
 
 # As in native.h.
-VERSION: Final = 2
+VERSION: Final = 3
 
 
 def _compiled() -> tuple[Any, str]:

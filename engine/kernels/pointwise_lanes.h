@@ -1,18 +1,6 @@
 /* Norms, rotary embedding and gated activations once more for each width of vector; see lanes.h. */
 #include "pointwise.h"
 
-/* `count` elements from `at` on, where there may be fewer than a vector has lanes. */
-LANE_FUNCTION Floats load_up_to(const void *from, int64_t at, int64_t count, int dtype) {
-    return count >= LANES ? load(from, at, dtype) : load_part(from, at, count, dtype);
-}
-
-LANE_FUNCTION void store_up_to(void *to, int64_t at, int64_t count, Floats x, int dtype) {
-    if (count >= LANES)
-        store(to, at, x, dtype);
-    else
-        store_part(to, at, count, x, dtype);
-}
-
 /* ---- norms ---- */
 
 /* x, after the residual was added and stored. */

@@ -16,6 +16,27 @@ static void *take(size_t bytes) {
     return memory;
 }
 
+/* Keys and values that are given slot by slot, as `site` has them stored. */
+static void put(const AttentionKernels *kernels, Site *site, int64_t slots) {
+    const int64_t bytes = dtype_bytes((int)site->dtype);
+    const int64_t key = site->key_size * bytes, value = site->value_size * bytes;
+    char *keys = take(slots * site->kv_heads * key);
+    char *values = take(slots * site->kv_heads * value);
+    site->keys = (int64_t)keys, site->values = (int64_t)values;
+    if (site->stored != I8) return;
+    site->keys = (int64_t)malloc(slots * site->kv_heads * site->key_size + 64);
+    site->values = (int64_t)malloc(slots * site->kv_heads * site->value_size + 64);
+    site->key_scales = (int64_t)malloc(slots * site->kv_heads * 2);
+    site->value_scales = (int64_t)malloc(slots * site->kv_heads * 2);
+    int64_t *in_order = malloc(slots / BLOCK_TOKENS * sizeof *in_order);
+    for (int64_t i = 0; i < slots / BLOCK_TOKENS; i++) in_order[i] = i;
+    Run run = {.num_tokens = slots};
+    Attention all = {.site = site, .runs = &run, .tables = in_order, .num_runs = 1,
+                     .keys = {keys, site->kv_heads * key, key},
+                     .values = {values, site->kv_heads * value, value}};
+    kernels->quantize(&all, &run);
+}
+
 static int attention(const AttentionKernels *kernels) {
     Site *site = take(sizeof *site);
     Run *run = take(sizeof *run);
@@ -23,8 +44,7 @@ static int attention(const AttentionKernels *kernels) {
     int64_t *table = take(sizes[0] * sizeof *table);
     const int64_t bytes = dtype_bytes((int)site->dtype), tokens = run->num_tokens;
     const int64_t key = site->key_size * bytes, value = site->value_size * bytes;
-    site->keys = (int64_t)take(sizes[1] * site->kv_heads * key);
-    site->values = (int64_t)take(sizes[1] * site->kv_heads * value);
+    put(kernels, site, sizes[1]);
     Rows queries = {take(tokens * site->heads * key), site->heads * key, key};
     Rows out = {calloc(tokens * site->heads, value), site->heads * value, value};
     Attention all = {site, run, table, 1, queries, {0}, {0}, out};

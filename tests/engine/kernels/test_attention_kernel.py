@@ -13,13 +13,15 @@ from torch import Tensor
 from engine.attention import CallSettings, StageRun, StepContext, attend
 from engine.kernels import native
 from engine.kernels.attention import MAX_RUN_TOKENS
-from engine.kv import BLOCK_TOKENS, BlockCache, SiteShape
+from engine.kv import BLOCK_TOKENS, BlockCache, SiteShape, token_slots
+from engine.kv_quantize import quantized
 from engine.masks import FULL, Rule
 
 CPU = torch.device("cpu")
 SITE = (0, 0)
 # Of the values' size, which is about 1.
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+QUANTIZATIONS = ["none", "int8"]
 RULES = [FULL, Rule("sliding", 1), Rule("sliding", 7), Rule("sliding", 300), Rule("chunked", 40)]
 
 
@@ -39,6 +41,7 @@ class Sequences:
         sizes: tuple[int, int],
         dtype: torch.dtype,
         seed: int,
+        quantize: str = "none",
     ) -> None:
         """
         Args:
@@ -47,10 +50,12 @@ class Sequences:
         """
         self.generator = torch.Generator().manual_seed(seed)
         self.heads, self.sizes, self.dtype = heads, sizes, dtype
+        self.quantize = quantize
         blocks = [-(-(past + new) // BLOCK_TOKENS) for past, new in runs]
         shape = SiteShape(heads[1], *sizes)
-        self.cache = BlockCache({SITE: shape}, sum(blocks) + 2, dtype, CPU)
-        for tensor in self.cache.tensors(SITE):  # what nobody wrote must not be read
+        self.cache = BlockCache({SITE: shape}, sum(blocks) + 2, dtype, CPU, quantize)
+        # What nobody wrote must not be read.
+        for tensor in self.cache.scales(SITE) or self.cache.tensors(SITE):
             tensor.fill_(float("nan"))
         places = torch.randperm(sum(blocks) + 2, generator=self.generator)
         self.runs, self.keys, self.values = [], [], []
@@ -84,6 +89,13 @@ class Sequences:
         query, key, value = (a.unflatten(1, b.shape[1:]) for a, b in zip(cut, parts, strict=True))
         return attend(step, query, key, value, told)
 
+    def held(self, rows: Tensor) -> Tensor:
+        """What the cache holds of keys or values, float64."""
+        if self.quantize == "none":
+            return rows.double()
+        numbers, scales = quantized(rows)
+        return numbers.double() * scales.double().unsqueeze(-1)
+
     def by_the_formula(self, rule: Rule, told: CallSettings) -> Tensor:
         """(tokens, heads, value_size) float64."""
         results = []
@@ -91,7 +103,7 @@ class Sequences:
             self.runs, self.queries, self.keys, self.values, strict=True
         ):
             group = self.heads[0] // self.heads[1]
-            keys, values = (it.double().repeat_interleave(group, 1) for it in (keys, values))
+            keys, values = (self.held(it).repeat_interleave(group, 1) for it in (keys, values))
             scores = torch.einsum("qhd,khd->hqk", queries.double(), keys) * told.scale
             if told.softcap is not None:
                 scores = told.softcap * torch.tanh(scores / told.softcap)
@@ -126,6 +138,7 @@ class Sequences:
     rule=st.sampled_from(RULES),
     softcap=st.sampled_from([None, 2.0]),
     with_sinks=st.booleans(),
+    quantize=st.sampled_from(QUANTIZATIONS),
     seed=st.integers(0, 1000),
 )
 def test_every_run_gets_what_the_formula_says(
@@ -137,10 +150,11 @@ def test_every_run_gets_what_the_formula_says(
     rule: Rule,
     softcap: float | None,
     with_sinks: bool,
+    quantize: str,
     seed: int,
 ) -> None:
     """Few tokens and many in one step, whatever lies in the past, in blocks anywhere."""
-    it = Sequences(runs, heads, sizes, dtype, seed)
+    it = Sequences(runs, heads, sizes, dtype, seed, quantize)
     sinks = torch.randn(heads[0], generator=it.generator).to(dtype) if with_sinks else None
     told = CallSettings(sizes[0] ** -0.5, softcap, sinks)
     result = it.attend(rule, told)
@@ -155,10 +169,13 @@ def test_every_run_gets_what_the_formula_says(
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
-def test_neither_neighbours_nor_threads_change_a_bit(kernels: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_neither_neighbours_nor_threads_change_a_bit(
+    kernels: str, quantize: str, dtype: torch.dtype
+) -> None:
     told = CallSettings(0.125)
     runs = [(1300, 1), (40, 3), (700, 16), (0, 1)]
-    together = Sequences(runs, (8, 2), (64, 64), dtype, 5)
+    together = Sequences(runs, (8, 2), (64, 64), dtype, 5, quantize)
     before = native.threads()
     try:
         expected = together.attend(FULL, told)
@@ -168,7 +185,7 @@ def test_neither_neighbours_nor_threads_change_a_bit(kernels: str, dtype: torch.
         native.set_threads(before)
     row = 0
     for number, run in enumerate(together.runs):
-        alone = Sequences(runs, (8, 2), (64, 64), dtype, 5)
+        alone = Sequences(runs, (8, 2), (64, 64), dtype, 5, quantize)
         for part in (alone.runs, alone.queries, alone.keys, alone.values):
             part[:] = part[number : number + 1]
         assert torch.equal(alone.attend(FULL, told), expected[row : row + run.num_tokens])
@@ -188,12 +205,17 @@ def test_a_lone_large_score_takes_all(kernels: str) -> None:
         assert torch.allclose(result[0], expected)
 
 
-def test_what_is_not_a_number_in_the_past_reaches_the_result(kernels: str) -> None:
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_a_number_in_the_past_reaches_the_result(
+    kernels: str, number: float, quantize: str, dtype: torch.dtype
+) -> None:
     """Whoever judges a step by its result finds it there; another sequence has none of it."""
-    it = Sequences([(100, 1), (100, 1)], (4, 2), (32, 32), torch.float32, 1)
+    it = Sequences([(100, 1), (100, 1)], (4, 2), (32, 32), dtype, 1, quantize)
     slot = int(it.runs[0].blocks[3]) * BLOCK_TOKENS + 2
-    for tensor in it.cache.tensors(SITE):
-        tensor[slot] = float("nan")
+    rows = torch.full((1, 2, 32), number, dtype=dtype)
+    it.cache.write(SITE, torch.tensor([slot]), rows, rows)
     result = it.attend(FULL, CallSettings(1.0))
     assert result[0].isnan().all()
     assert result[1].isfinite().all()
@@ -222,3 +244,41 @@ def test_rows_of_any_strides_are_read_where_they_are(kernels: str) -> None:
     by_numbers = value.transpose(0, 2).contiguous().transpose(0, 2)
     result = attend(step, *by_heads, by_numbers, CallSettings(0.5))
     assert torch.allclose(result.double(), it.by_the_formula(FULL, CallSettings(0.5)), atol=1e-5)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    heads=st.integers(1, 5),
+    sizes=st.tuples(st.integers(1, 70), st.sampled_from([1, 8, 33, 64])),
+    dtype=st.sampled_from(list(CLOSE)),
+    magnitude=st.sampled_from([0.0, 1e-44, 1e-39, 1e-7, 1.0, 1e4, 1e38]),
+    seed=st.integers(0, 1000),
+)
+def test_8_bits_are_written_as_torch_writes_them(
+    kernels: str,
+    heads: int,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    magnitude: float,
+    seed: int,
+) -> None:
+    """To the last bit, whatever the numbers: zeros, the smallest, ties, and none at all."""
+    it = Sequences([(9, 40), (0, 3)], (heads, heads), sizes, dtype, seed, "int8")
+    for rows in (*it.keys, *it.values):
+        rows.mul_(magnitude)
+        rows[-1, 0, 0] = float("nan")
+        rows[-2, -1, -1] = float("-inf")
+        rows[-3] = torch.arange(rows[0].numel()).view(rows[0].shape) / 2  # half of all are ties
+        rows[-3, :, 0] = 127
+    it.attend(FULL, CallSettings(1.0))
+    for run, *given_rows in zip(it.runs, it.keys, it.values, strict=True):
+        slots = token_slots(run.blocks, run.start, run.stop)
+        for rows, numbers, scales in zip(
+            given_rows, it.cache.tensors(SITE), it.cache.scales(SITE) or (), strict=True
+        ):
+            expected, expected_scales = quantized(rows[run.start :])
+            found = scales[slots // BLOCK_TOKENS, :, slots % BLOCK_TOKENS]
+            assert torch.equal(numbers[slots], expected)
+            assert torch.allclose(found, expected_scales, rtol=0, atol=0, equal_nan=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels.native import DTYPES
+from engine.kernels.native import DTYPES, INT8
+from engine.kv_quantize import quantized
 
 SOURCES = Path(__file__).parents[3] / "engine" / "kernels"
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
@@ -56,12 +57,19 @@ def run_on_arm(program: Path, kernels: str, what: str, given: bytes, dtype: torc
     return torch.frombuffer(bytearray(done.stdout), dtype=dtype)
 
 
+def held(rows: Tensor) -> Tensor:
+    """What rows are once they were rounded to 8 bits, float64."""
+    numbers, scales = quantized(rows)
+    return numbers.double() * scales.double().unsqueeze(-1)
+
+
 def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("kernels", ["neon", "portable"])
 @pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("in_8_bits", [False, True], ids=["plain", "8bits"])
 @pytest.mark.parametrize(
     ("past", "new", "heads", "sizes", "softcap"),
     [(600, 1, (8, 2), (64, 64), 0.0), (100, 5, (6, 3), (24, 10), 3.0)],
@@ -69,6 +77,7 @@ def raw(tensor: Tensor) -> bytes:
 def test_arm_attends_as_the_formula_says(
     program: Path,
     kernels: str,
+    in_8_bits: bool,
     dtype: torch.dtype,
     past: int,
     new: int,
@@ -82,12 +91,15 @@ def test_arm_attends_as_the_formula_says(
     keys, values = (torch.randn(num_blocks * 16, heads[1], it).to(dtype) for it in sizes)
     queries = torch.randn(new, heads[0], sizes[0]).to(dtype)
     scale = sizes[0] ** -0.5
-    site = struct.pack("=10q2d", 0, 0, DTYPES[dtype], *heads, *sizes, 0, 0, 0, scale, softcap)
+    kinds = DTYPES[dtype], INT8 if in_8_bits else DTYPES[dtype]
+    site = struct.pack("=13q2d", 0, 0, 0, 0, *kinds, *heads, *sizes, 0, 0, 0, scale, softcap)
     run = struct.pack("=5q2q", 0, new, past, 0, 1, num_blocks, num_blocks * 16)
     given = site + run + b"".join(map(raw, (table, keys, values, queries)))
     result = run_on_arm(program, kernels, "attention", given, dtype)
     slots = (table[:, None] * 16 + torch.arange(16)).flatten()[: past + new]
     group = heads[0] // heads[1]
+    if in_8_bits:
+        keys, values = map(held, (keys, values))
     k, v = (it[slots].double().repeat_interleave(group, 1) for it in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", queries.double(), k) * scale
     if softcap:
