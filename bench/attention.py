@@ -5,9 +5,10 @@
 One token attends to a long context, layer after layer, so that every layer's keys and values come
 from memory; the shape is a 1.1B Llama's (32 query heads, 4 KV heads of 64, bfloat16). Three ways:
 the kernels, torch's path over consecutive blocks (which it reads in place) and over scattered ones
-(which it gathers first); and each of them once more with keys and values in 8 bits. The read loop sums the same tensors and does nothing else: what one thread
-can get of this memory. The cost of a call is that of one layer at a context of 16 tokens, where
-hardly anything is computed. Processor time of one thread, medians.
+(which it gathers first); and each of them once more with keys and values in 8 bits. The read loop
+sums the same tensors and does nothing else: what one thread can get of this memory. The cost of a
+call is that of one layer at a context of 16 tokens, where hardly anything is computed. Processor
+time of one thread, medians.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -117,7 +119,7 @@ def measure(context: int, num_layers: int) -> dict[str, float]:
                 per_call = 1e6 / num_layers
                 figures[f"{name}, a call, us"] = seconds(short.attend, 20) * per_call
                 figures[f"{name}, a call through transformers' interface, us"] = (
-                    seconds(lambda: short.attend_as_models_do(module), 20) * per_call
+                    seconds(partial(short.attend_as_models_do, module), 20) * per_call
                 )
     return figures
 

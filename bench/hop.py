@@ -73,7 +73,7 @@ class NoStage:
     start_layer, end_layer, num_layers, is_last = 1, 2, 3, False
     vocab_size, max_context, block_tokens, block_bytes = 32000, 4096, 16, 4096
     stage_bytes = read_bytes = 0
-    quantize = "none"
+    quantize = kv_quantize = "none"
 
     def __init__(self, hidden_size: int) -> None:
         from engine.quantize import PackedParts

@@ -201,7 +201,7 @@ def _check(stage: Stage, adapter: Adapter, files: AdapterFiles) -> None:
     hidden = torch.randn((2, _NUM_TOKENS, stage.hidden_size), generator=generator).to(stage.dtype)
     ids = torch.randint(stage.vocab_size, (2, _NUM_TOKENS), generator=generator)
     _check_entry(stage, adapter, ids[0], misfit)
-    cache = stage.new_cache(2)
+    cache = stage.exact_cache(2)
 
     def run(number: int, with_adapter: bool) -> StageRun:
         return StageRun(
@@ -253,9 +253,9 @@ def _check_entry(stage: Stage, adapter: Adapter, token_ids: Tensor, misfit: str)
     )
     hidden = torch.zeros(len(token_ids), stage.hidden_size, dtype=stage.dtype)
     try:
-        stage.forward(token_ids, hidden, [run], stage.new_cache(1))
+        stage.forward(token_ids, hidden, [run], stage.exact_cache(1))
         with applied([(adapter, len(token_ids))], stage.device):
-            stage.forward(token_ids, hidden, [run], stage.new_cache(1))
+            stage.forward(token_ids, hidden, [run], stage.exact_cache(1))
     finally:
         hook.remove()
     if not torch.equal(*entered):

@@ -1,7 +1,8 @@
 """Hold the keys and values of one lease, in blocks of fixed size.
 
-Knows tensors and block ids only, and whether they are held in 8 bits (`engine.kv_quantize`). Which sequence owns which block is decided in the manager
-(`engine.blocks`); here a block table is taken at its word after its bounds are checked.
+Knows tensors and block ids only; how 8 bits hold a number stands in `engine.kv_quantize`. Which
+sequence owns which block is decided in the manager (`engine.blocks`); here a block table is taken
+at its word after its bounds are checked.
 """
 
 from __future__ import annotations

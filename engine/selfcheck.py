@@ -3,7 +3,8 @@
 What an architecture's class says of itself proves nothing, so each stage feeds itself a few
 random positions: once in one piece, and once in two chunks that share their steps with another
 sequence. State that is not keys and values, a mask of its own, or sequences that leak into each
-other make the two differ.
+other make the two differ. Where keys and values are to be held in 8 bits, it then tries what those
+are worth.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import StageRun
-from proto.errors import ModelUnfit
+from proto.errors import ModelUnfit, UsageError
 
 if TYPE_CHECKING:
     from engine.stage import Stage
@@ -27,6 +28,9 @@ TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 # Kernels for quantized weights round activations to 8 bits: where two runs differ in the last bit,
 # one may be rounded up and the other down, by 1/127 of the largest.
 QUANTIZED_TOLERANCE: Final = 0.1
+# Rounding keys and values changes the hidden states of models that people use by some hundredths;
+# beyond this, attention looks elsewhere.
+KV_TOLERANCE: Final = 0.3
 
 
 def check_stage(stage: Stage) -> None:
@@ -35,13 +39,14 @@ def check_stage(stage: Stage) -> None:
     Raises:
         ModelUnfit: the stage's results depend on how tokens are cut into steps, or are not
             numbers.
+        UsageError: keys and values lose too much in 8 bits.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (_NUM_TOKENS, stage.hidden_size)
     ours = torch.randn(shape, generator=generator).to(stage.dtype)
     other = torch.randn(shape, generator=generator).to(stage.dtype)
     ids = torch.randint(stage.vocab_size, (2, _NUM_TOKENS), generator=generator)
-    cache = stage.new_cache(3)
+    cache = stage.exact_cache(3)
 
     def run(block: int, start: int, stop: int) -> StageRun:
         blocks = torch.tensor([block])
@@ -80,6 +85,18 @@ def check_stage(stage: Stage) -> None:
             f"{stage.architecture} cannot be split: layers {stage.start_layer}:{stage.end_layer} "
             f"give other results in two chunks than in one (relative error {error:.2g}); it "
             "keeps state other than keys and values, or masks in a way of its own"
+        )
+    if stage.kv_quantize != "none":
+        rounded = stage.forward(ids[0], ours, [run(1, 0, _NUM_TOKENS)], stage.new_cache(3))
+        _check_rounding(stage, relative_error(rounded, whole))
+
+
+def _check_rounding(stage: Stage, error: float) -> None:
+    if not error <= KV_TOLERANCE:
+        raise UsageError(
+            f"--kv-quantize {stage.kv_quantize}: {stage.architecture}'s layers "
+            f"{stage.start_layer}:{stage.end_layer} give other results with keys and values in "
+            f"8 bits (relative error {error:.2g}): start the worker without it"
         )
 
 

@@ -30,7 +30,15 @@ from engine.attention import StageRun, StepContext
 from engine.checkpoint import Checkpoint
 from engine.foreign_code import first_line
 from engine.kernels import native
-from engine.kv import BLOCK_TOKENS, BlockCache, Site, SiteShape, block_bytes, check_table
+from engine.kv import (
+    BLOCK_TOKENS,
+    BlockCache,
+    Site,
+    SiteShape,
+    block_bytes,
+    check_quantization,
+    check_table,
+)
 from engine.lean.fitting import fit_layers
 from engine.lora_layers import Adapter, applied
 from engine.masks import MaskNotes, Rule
@@ -67,6 +75,7 @@ class Stage:
         stage_bytes: int,
         places: Places,
         packed: PackedParts,
+        kv_quantize: str = "none",
         feeds_token_ids: bool = False,
     ) -> None:
         """Take a loaded model over; `load_stage` is the way to make one."""
@@ -83,10 +92,11 @@ class Stage:
         self.device, self.dtype = device, dtype
         self.dtype_name = next(name for name, it in DTYPES.items() if it == dtype)
         self.device_name = _device_name(device)
+        self.kv_quantize = kv_quantize  # "none", or "int8": keys and values in 8 bits
         self.feeds_token_ids = feeds_token_ids  # this model's layers see the token ids as well
         self._model, self._conductor = model, conductor
         self._shapes, self._rules = self._learn_attention()
-        self.block_bytes = block_bytes(self._shapes, dtype)
+        self.block_bytes = block_bytes(self._shapes, dtype, kv_quantize)
 
     @property
     def is_last(self) -> bool:
@@ -136,6 +146,10 @@ class Stage:
 
     def new_cache(self, num_blocks: int) -> BlockCache:
         """Make empty KV blocks for one lease: `num_blocks` * `block_bytes` bytes."""
+        return BlockCache(self._shapes, num_blocks, self.dtype, self.device, self.kv_quantize)
+
+    def exact_cache(self, num_blocks: int) -> BlockCache:
+        """The same, of the stage's dtype whatever the leases' are of: for checks of its layers."""
         return BlockCache(self._shapes, num_blocks, self.dtype, self.device)
 
     def forward(
@@ -252,6 +266,7 @@ def load_stage(
     staging: Staging | None = None,
     quantize: str = "none",
     quantize_head: str = "auto",
+    kv_quantize: str = "none",
     cache: PackedCache | None = None,
 ) -> Stage:
     """Load one section of a checkpoint, reading only that section's tensors.
@@ -268,11 +283,14 @@ def load_stage(
         staging: where the section's bytes are copied to first, to be read from there.
         quantize: "none", "int8", "int4": how weights are rounded, tensor by tensor as they come.
         quantize_head: the same for the lm_head: "auto", "int8", or "same" as the layers.
+        kv_quantize: "none", "int8": how keys and values are rounded, as they are written.
         cache: where rounded weights are kept for the next start.
     Raises:
         ModelError: no checkpoint there, a damaged one, or one that cannot be split.
         SplitError: no such section.
+        UsageError: this model's keys and values cannot be rounded so.
     """
+    check_quantization(kv_quantize)
     if threads is not None:
         torch.set_num_threads(threads)
     native.set_threads(torch.get_num_threads())
@@ -282,7 +300,9 @@ def load_stage(
     where = choose_device(device)
     attention.register()
     packing = choose_packing(quantize, quantize_head, chosen, where)
-    loader = _Loader(checkpoint, architecture, where, packing, progress, staging, cache)
+    loader = _Loader(
+        checkpoint, architecture, where, packing, kv_quantize, progress, staging, cache
+    )
     make = partial(_make_stage, loader, chosen, (layers, sections, index))
     try:
         return make(feeds_token_ids=False)
@@ -303,6 +323,7 @@ class _Loader:
     architecture: Architecture
     device: torch.device
     packing: Packing | None
+    kv_quantize: str
     progress: LoadProgress | None
     staging: Staging | None
     cache: PackedCache | None
@@ -394,6 +415,7 @@ def _make_stage(
             stage_bytes=held,
             places=places,
             packed=packed,
+            kv_quantize=loader.kv_quantize,
             feeds_token_ids=feeds_token_ids,
         )
         # In float32 people compare with transformers' own results, to the last bits.

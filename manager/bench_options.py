@@ -81,6 +81,7 @@ class BenchConfig:
             "rounds": self.rounds,
             "against": self.against,
             "quantize": self.connection.quantize if self.connection.spawn else None,
+            "kv_quantize": self.connection.kv_quantize if self.connection.spawn else None,
         }
 
     def _check_against(self) -> None:

@@ -167,6 +167,7 @@ async def _workers(
         count=config.spawn,
         model=config.model,
         quantize=config.quantize,
+        kv_quantize=config.kv_quantize,
         secret_file=config.secret_file,
         tls=config.tls,
         adapters=spawned_adapters(adapters),

@@ -35,7 +35,8 @@ class ConnectionConfig:
     backend: str = PIPELINE  # what follows but `model` belongs to one of them
     workers: str | None = None  # None: the neighbours of 127.0.0.1:7710
     spawn: int | None = None  # start so many here instead
-    quantize: str = "none"  # of those that are started here
+    quantize: str = "none"  # of those that are started here, as is
+    kv_quantize: str = "none"
     model: str | None = None  # None: what the workers hold
     secret_file: Path | None = None
     tls: TlsFiles | None = None
@@ -117,6 +118,13 @@ QUANTIZE: Final = click.option(
     show_default=True,
     help="With --spawn: round the weights to so many bits.",
 )
+KV_QUANTIZE: Final = click.option(
+    "--kv-quantize",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="With --spawn: round keys and values to so many bits.",
+)
 TRACE: Final = click.option(
     "--trace",
     type=click.Path(path_type=Path),
@@ -181,14 +189,14 @@ API_KEY_FILE: Final = click.option(
 # The options that have a meaning with one backend only.
 OF_BACKEND: Final = {
     PIPELINE: (
-        *("workers", "spawn", "quantize", "secret_file", *TLS_NAMES, "trace"),
+        *("workers", "spawn", "quantize", "kv_quantize", "secret_file", *TLS_NAMES, "trace"),
         *("recovery_timeout", "takeover_after", "event_log"),
     ),
     LLAMA_SERVER: ("server", "api_key_file"),
 }
 OPTIONS: Final = (
-    *(BACKEND, WORKERS, SPAWN, QUANTIZE, MODEL, SECRET_FILE, *TLS, TRACE, RECOVERY_TIMEOUT),
-    *(TAKEOVER_AFTER, EVENT_LOG),
+    *(BACKEND, WORKERS, SPAWN, QUANTIZE, KV_QUANTIZE, MODEL, SECRET_FILE, *TLS, TRACE),
+    *(RECOVERY_TIMEOUT, TAKEOVER_AFTER, EVENT_LOG),
     *(SERVER, API_KEY_FILE),
 )
 
@@ -287,16 +295,18 @@ def settle_spawn_and_workers(values: dict[str, Any]) -> None:
 
 
 def _check_quantize(values: dict[str, Any]) -> None:
-    """How weights are held is said to whoever starts the workers.
+    """How weights, keys and values are held is said to whoever starts the workers.
 
     Raises:
         UsageError: it was typed, and no worker is started here.
     """
-    if values["spawn"] is None and values["quantize"] != "none" and is_typed("quantize"):
-        raise UsageError(
-            f"--quantize {values['quantize']} is for workers that are started here: pass --spawn N "
-            "as well, or start the workers with --quantize."
-        )
+    for name in ("quantize", "kv_quantize"):
+        if values["spawn"] is None and values[name] != "none" and is_typed(name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} {values[name]} is for workers that are started here: pass --spawn N "
+                f"as well, or start the workers with {option}."
+            )
 
 
 def _server_url(text: str | None) -> str:

@@ -44,6 +44,7 @@ class ModelPlan:
     model: str
     dtype: str
     quantize: str
+    kv_quantize: str
     num_layers: int
     max_context: int
     context: int  # tokens that the KV figures are for, over all sequences at once
@@ -64,6 +65,13 @@ class ModelPlan:
     help="As the workers will be told.",
 )
 @click.option(
+    "--kv-quantize",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="As the workers will be told.",
+)
+@click.option(
     "--context",
     type=int,
     metavar="TOKENS",
@@ -75,13 +83,21 @@ def plan(
     sections: int,
     dtype: str,
     quantize: str,
+    kv_quantize: str,
     context: int | None,
     as_json: bool,
 ) -> None:
     """Show how a model would be cut into sections, and how to start the workers."""
     if context is not None and context < 1:
         raise UsageError(f"--context {context}: reckon with at least 1 token.")
-    made = make_plan(model, sections, dtype=dtype, quantize=quantize, context=context)
+    made = make_plan(
+        model,
+        sections,
+        dtype=dtype,
+        quantize=quantize,
+        kv_quantize=kv_quantize,
+        context=context,
+    )
     click.echo(json.dumps(asdict(made), ensure_ascii=False) if as_json else describe(made))
 
 
@@ -91,6 +107,7 @@ def make_plan(
     *,
     dtype: str = "auto",
     quantize: str = "none",
+    kv_quantize: str = "none",
     context: int | None = None,
 ) -> ModelPlan:
     """Cut the model as `num_sections` workers will.
@@ -104,6 +121,7 @@ def make_plan(
     from engine import attention
     from engine.architecture import DTYPES, read_architecture
     from engine.checkpoint import Checkpoint
+    from engine.kv import SiteShape
     from engine.plan import layer_sizes
     from engine.quantize import choose_packing, held_sizes
     from engine.sections import split_layers
@@ -124,7 +142,8 @@ def make_plan(
     all_work = sum(sizes.layer_work) + sizes.head_bytes
     max_context = architecture.max_context
     tokens = min(context or DEFAULT_CONTEXT, max_context)
-    kv_bytes = kv_values_per_token(architecture.config) * chosen.itemsize * tokens
+    kept = SiteShape(*kv_shape(architecture.config))
+    kv_bytes = kept.bytes_per_token(chosen, kv_quantize) * tokens
     sections = []
     for index, section in enumerate(split_layers(costs, num_sections, head_cost)):
         is_last = section.end == architecture.num_layers
@@ -140,13 +159,14 @@ def make_plan(
                 work_share=work / all_work,
                 kv_bytes=kv,
                 memory_bytes=weights + kv + PROCESS_BYTES,
-                command=command(model, num_sections, index, dtype, quantize),
+                command=command(model, num_sections, index, dtype, quantize, kv_quantize),
             )
         )
     return ModelPlan(
         model=checkpoint.name,
         dtype=next(name for name, it in DTYPES.items() if it == chosen),
         quantize=quantize,
+        kv_quantize=kv_quantize,
         num_layers=architecture.num_layers,
         max_context=max_context,
         context=tokens,
@@ -156,8 +176,8 @@ def make_plan(
     )
 
 
-def kv_values_per_token(config: Any) -> int:
-    """Numbers that one layer keeps per token, by the config's usual fields.
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Heads, and the sizes of their keys and values, that one layer keeps; by the usual fields.
 
     The workers learn it from the model itself; where a layer differs from its config this is
     an estimate.
@@ -173,10 +193,17 @@ def kv_values_per_token(config: Any) -> int:
         heads = getattr(config, "num_key_value_heads", None) or heads
     else:
         heads = 1
-    return int(heads * (key_size + value_size))
+    return heads, key_size, value_size
 
 
-def command(model: str | None, num_sections: int, index: int, dtype: str, quantize: str) -> str:
+def command(
+    model: str | None,
+    num_sections: int,
+    index: int,
+    dtype: str,
+    quantize: str,
+    kv_quantize: str,
+) -> str:
     """How to start the worker of one section on its own machine."""
     words = ["worker", "--sections", str(num_sections), "--index", str(index)]
     if model is not None:
@@ -185,6 +212,8 @@ def command(model: str | None, num_sections: int, index: int, dtype: str, quanti
         words += ["--dtype", dtype]
     if quantize != "none":
         words += ["--quantize", quantize]
+    if kv_quantize != "none":
+        words += ["--kv-quantize", kv_quantize]
     return shlex.join(words)
 
 
@@ -202,6 +231,7 @@ def describe(plan: ModelPlan) -> str:
         for it in plan.sections
     ]
     held_as = plan.dtype if plan.quantize == "none" else plan.quantize
+    kv_as = "" if plan.kv_quantize == "none" else f" in {plan.kv_quantize}"
     titles = ("SECTION", "LAYERS", "WEIGHTS", "WORK", "KV", "MEMORY")
     return "\n".join(
         (
@@ -210,8 +240,8 @@ def describe(plan: ModelPlan) -> str:
             "",
             table(titles, rows),
             "",
-            f"KV is for {plan.context} tokens, all sequences together; memory is weights, KV and "
-            f"about {size(PROCESS_BYTES)} of process.",
+            f"KV is for {plan.context} tokens{kv_as}, all sequences together; memory is weights, "
+            f"KV and about {size(PROCESS_BYTES)} of process.",
             f"The manager maps {size(plan.embedding_bytes)} of embeddings.",
             "",
             *(it.command for it in plan.sections),

@@ -40,6 +40,7 @@ class SpawnConfig:
     model: str | None = None
     dtype: str = "auto"
     quantize: str = "none"
+    kv_quantize: str = "none"
     kv_memory: str | None = None
     secret_file: Path | None = None
     tls: TlsFiles | None = None
@@ -188,6 +189,8 @@ def words_of(config: SpawnConfig, index: int, port: int = 0) -> list[str]:
         words += ["--kv-memory", config.kv_memory]
     if config.quantize != "none":
         words += ["--quantize", config.quantize]
+    if config.kv_quantize != "none":
+        words += ["--kv-quantize", config.kv_quantize]
     for name, folder in config.adapters:
         words += ["--adapter", f"{name}={folder}"]
     if config.secret_file is not None:

@@ -23,7 +23,10 @@ from proto.messages import (
 from proto.printable import printable
 
 _COUNTS: Final = ("hidden_size", "vocab_size", "max_context", "block_tokens", "max_step_tokens")
-_TEXTS: Final = ("host", "model", "model_path", "fingerprint", "dtype", "device", "quantize")
+_TEXTS: Final = (
+    *("host", "model", "model_path", "fingerprint", "dtype", "device"),
+    *("quantize", "kv_quantize"),
+)
 
 
 def check_facts(facts: WorkerFacts, worker: str) -> None:

@@ -70,7 +70,7 @@ class WorkerView:
             f"{facts.start_layer}:{facts.end_layer} of {facts.num_layers}",
             self.state,
             facts.model,
-            facts.dtype if facts.quantize == "none" else f"{facts.dtype} {facts.quantize}",
+            _held_as(facts),
             size(facts.stage_bytes),
             str(status.free_blocks),
             str(status.total_blocks),
@@ -99,6 +99,12 @@ class WorkerView:
         if others > 0:
             names.append(f"{others} unnamed")
         return f"{', '.join(names)} ({size(self.status.adapter_bytes)})" if names else "-"
+
+
+def _held_as(facts: WorkerFacts) -> str:
+    """How weights are held, and keys and values: "bfloat16 int4, kv int8"."""
+    words = facts.dtype if facts.quantize == "none" else f"{facts.dtype} {facts.quantize}"
+    return words if facts.kv_quantize == "none" else f"{words}, kv {facts.kv_quantize}"
 
 
 @click.command()

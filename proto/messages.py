@@ -147,6 +147,7 @@ class WorkerFacts(Struct, frozen=True, kw_only=True):
     free_blocks: Count
     max_step_tokens: Count
     quantize: Name = "none"  # to what weights are rounded: "none", "int8", "int4"
+    kv_quantize: Name = "none"  # the same of keys and values: "none", "int8"
 
 
 # --- leases and the chain --------------------------------------------------------------------

@@ -39,6 +39,7 @@ from worker.config import (
     DEFAULT_PORT,
     DTYPES,
     HEADS,
+    KV_QUANTIZATIONS,
     LOG_FORMATS,
     LOG_LEVELS,
     QUANTIZATIONS,
@@ -173,6 +174,14 @@ def _version() -> str:
     help="The same for the lm_head: auto keeps it at int8.",
 )
 @click.option(
+    "--kv-quantize",
+    default="none",
+    show_default=True,
+    metavar="|".join(KV_QUANTIZATIONS),
+    help="Round keys and values to so many bits, each token's as it comes: --kv-memory then holds "
+    "almost twice the tokens, or four times those of float32.",
+)
+@click.option(
     "--cache-dir",
     metavar="DIR",
     help="Keep quantized weights here, so that the next start reads only them. "
@@ -253,6 +262,7 @@ def worker(
     dtype: str,
     quantize: str,
     quantize_head: str,
+    kv_quantize: str,
     cache_dir: str | None,
     cache_size: str | None,
     no_cache: bool,
@@ -301,6 +311,7 @@ def worker(
         dtype=dtype,
         quantize=quantize,
         quantize_head=quantize_head,
+        kv_quantize=kv_quantize,
         cache_dir=_cache_dir(context, cache_dir, no_cache=no_cache),
         cache_bytes=CACHE_BYTES if cache_size is None else parse_cache_size(cache_size),
         threads=threads,

@@ -24,6 +24,7 @@ DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 7710  # of index 0; index I listens on 7710 + I
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("none", "int8", "int4")
+KV_QUANTIZATIONS: Final = ("none", "int8")
 HEADS: Final = ("auto", "int8", "same")
 CACHE_BYTES: Final = 20 * 2**30
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -43,6 +44,7 @@ class WorkerConfig:
     dtype: str = "auto"
     quantize: str = "none"
     quantize_head: str = "auto"
+    kv_quantize: str = "none"
     cache_dir: Path | None = None  # for packed weights; None: keep none
     cache_bytes: int = CACHE_BYTES
     threads: int | None = None  # None: torch's own choice
@@ -70,6 +72,9 @@ class WorkerConfig:
                 f"--quantize-head {self.quantize_head} means nothing where no weights are "
                 "quantized: pass --quantize int8 or int4 as well."
             )
+        if self.kv_quantize not in KV_QUANTIZATIONS:
+            choices = ", ".join(KV_QUANTIZATIONS)
+            raise UsageError(f"--kv-quantize {self.kv_quantize}: it must be one of {choices}.")
         if self.cache_bytes < 1:
             raise UsageError("--cache-size 0 keeps nothing: pass --no-cache instead.")
         if self.threads is not None and self.threads < 1:

@@ -208,6 +208,7 @@ class Server:
                 self._config.workers_here,
             )
         )
+        say_how_keys_are_held(stage, total_blocks)
         facts = make_facts(config, stage, self._listen, total_blocks)
         adapters = Adapters(stage, self._compute, why_closed=why_closed(config, NOT_OVER_LINKS))
         for adapter in loaded:
@@ -313,6 +314,7 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
             staging=staging,
             quantize=config.quantize,
             quantize_head=config.quantize_head,
+            kv_quantize=config.kv_quantize,
             cache=cache,
         )
     except Error:
@@ -362,6 +364,7 @@ def make_facts(config: WorkerConfig, stage: Stage, listen: str, total_blocks: in
         free_blocks=total_blocks,
         max_step_tokens=max(1, min(MAX_STEP_TOKENS, MAX_PAYLOAD_BYTES * 3 // 4 // row_bytes)),
         quantize=stage.quantize,
+        kv_quantize=stage.kv_quantize,
     )
 
 
@@ -393,6 +396,18 @@ def say_how_weights_are_held(stage: Stage) -> None:
             "the model reads packed weights in a way of its own, which is slow",
             extra=fields(modules=len(slow), one=slow[0]),
         )
+
+
+def say_how_keys_are_held(stage: Stage, total_blocks: int) -> None:
+    """Log what keys and values are, and for how many tokens there is room."""
+    log.info(
+        "keys and values",
+        extra=fields(
+            held=stage.dtype_name if stage.kv_quantize == "none" else stage.kv_quantize,
+            bytes_a_token=stage.block_bytes // stage.block_tokens,
+            tokens=total_blocks * stage.block_tokens,
+        ),
+    )
 
 
 def why_closed(config: WorkerConfig, reason: str) -> str | None:

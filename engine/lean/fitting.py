@@ -95,7 +95,7 @@ def fit_layers(stage: Stage) -> None:
         stack.enter_context(_listening(heard))
         for slot in slots:
             stack.enter_context(_hooked(slot, heard[slot.index]))
-        stage.forward(ids, hidden, [run], stage.new_cache(1))
+        stage.forward(ids, hidden, [run], stage.exact_cache(1))
     left = stage.plain_layers
     if left:
         log.info(

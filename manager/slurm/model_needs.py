@@ -47,10 +47,16 @@ class CheckpointModel:
     """A checkpoint, cut as the workers will cut it."""
 
     def __init__(
-        self, model: str, *, dtype: str, context: int | None, quantize: str = "none"
+        self,
+        model: str,
+        *,
+        dtype: str,
+        context: int | None,
+        quantize: str = "none",
+        kv_quantize: str = "none",
     ) -> None:
         self._model, self._dtype, self._context = model, dtype, context
-        self._quantize = quantize
+        self._quantize, self._kv_quantize = quantize, kv_quantize
 
     @cached_property
     def _whole(self) -> ModelPlan:
@@ -86,6 +92,7 @@ class CheckpointModel:
             num_sections,
             dtype=self._dtype,
             quantize=self._quantize,
+            kv_quantize=self._kv_quantize,
             context=self._context,
         )
 
@@ -126,7 +133,14 @@ class Need:
     fits_now: bool
 
 
-def open_model(model: str, *, dtype: str, context: int | None, quantize: str = "none") -> Model:
+def open_model(
+    model: str,
+    *,
+    dtype: str,
+    context: int | None,
+    quantize: str = "none",
+    kv_quantize: str = "none",
+) -> Model:
     """The model that `--model` names, as workers with these options will hold it.
 
     Raises:
@@ -134,7 +148,9 @@ def open_model(model: str, *, dtype: str, context: int | None, quantize: str = "
     """
     if model.endswith(".gguf"):
         return GgufModel(Path(model).expanduser(), context=context)
-    return CheckpointModel(model, dtype=dtype, context=context, quantize=quantize)
+    return CheckpointModel(
+        model, dtype=dtype, context=context, quantize=quantize, kv_quantize=kv_quantize
+    )
 
 
 def needs(model: Model, nodes: Sequence[Node], *, gpu_bytes: int | None) -> Need:

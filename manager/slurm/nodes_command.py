@@ -54,6 +54,13 @@ TITLES: Final = ("NODES", "STATE", "CPUS IDLE", "MEMORY FREE", "GPUS IDLE", "NAM
     help="As the workers will be told.",
 )
 @click.option(
+    "--kv-quantize",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="As the workers will be told.",
+)
+@click.option(
     "--gpu-memory",
     metavar="SIZE",
     help="Of one GPU, as 40GB: Slurm does not know. Then a GPU holds a section, not a node.",
@@ -66,16 +73,18 @@ def nodes(
     context: int | None,
     dtype: str,
     quantize: str,
+    kv_quantize: str,
     gpu_memory: str | None,
     as_json: bool,
 ) -> None:
     """Show what nodes have, and how many a model needs."""
     if model is None:
-        for option in ("--context", "--dtype", "--quantize", "--gpu-memory"):
+        for option in ("--context", "--dtype", "--quantize", "--kv-quantize", "--gpu-memory"):
             _refuse(option, "has no effect without --model: name the model.")
     elif model.endswith(".gguf"):
         for option in ("--dtype", "--quantize"):
             _refuse(option, "has no effect: weights in a .gguf file have the types they have.")
+        _refuse("--kv-quantize", "has no effect: KV of a .gguf file is reckoned in float16.")
     gpu_bytes = None if gpu_memory is None else _bytes(gpu_memory)
     site = resolve_site({"partition": partition}, profile, environ=os.environ)
     chosen, found = look_up(site.partition)
@@ -83,7 +92,9 @@ def nodes(
     if model is not None:
         from manager.slurm.model_needs import needs, open_model  # torch loads behind it
 
-        opened = open_model(model, dtype=dtype, context=context, quantize=quantize)
+        opened = open_model(
+            model, dtype=dtype, context=context, quantize=quantize, kv_quantize=kv_quantize
+        )
         need = needs(opened, found, gpu_bytes=gpu_bytes)
     if as_json:
         click.echo(json.dumps(_as_json(chosen, found, need), ensure_ascii=False))

@@ -52,6 +52,7 @@ class PipelineJob:
     port: int = 0  # of --serve; 0: a free one
     dtype: str = "auto"
     quantize: str = "none"
+    kv_quantize: str = "none"
     device: str = "auto"
     kv_memory: str | None = None
     threads: int | None = None
@@ -138,6 +139,7 @@ class PipelineJob:
     def worker_words(self) -> list[str]:
         """The options of every worker, beside its section and address."""
         words = ["--dtype", self.dtype, "--quantize", self.quantize, "--device", self.device]
+        words += ["--kv-quantize", self.kv_quantize]
         for name in ("model", "kv_memory", "stage_to"):
             value = getattr(self, name)
             if value is not None:
@@ -196,6 +198,9 @@ WORK_OPTIONS: Final = (
     SYSTEM,
     click.option("--dtype", default="auto", metavar="NAME", help="As `worker --dtype`."),
     click.option("--quantize", default="none", metavar="NAME", help="As `worker --quantize`."),
+    click.option(
+        "--kv-quantize", default="none", metavar="NAME", help="As `worker --kv-quantize`."
+    ),
     click.option(
         "--device",
         default="auto",

@@ -93,6 +93,7 @@ FACTS = WorkerFacts(
     free_blocks=500,
     max_step_tokens=4096,
     quantize="int4",
+    kv_quantize="int8",
 )
 HELLO = Hello(version=PROTOCOL_VERSION, role=Role.MANAGER, agent="comboio/0.1.0")
 WELCOME = Welcome(version=PROTOCOL_VERSION, agent="comboio/0.1.0", worker=FACTS)
