@@ -15,6 +15,7 @@ from transformers import masking_utils
 from engine import attention
 from engine.attention import StageRun, StepContext, block_attention, block_mask, slots_of
 from engine.kv import BLOCK_TOKENS, BlockCache, SiteShape
+from engine.kv_quantize import quantized, widened
 from engine.masks import FULL, MaskNotes, Rule
 from proto.errors import ModelUnfit
 
@@ -78,6 +79,7 @@ def sees(rule: Rule, query: int, key: int) -> bool:
     cuts=st.lists(st.integers(1, 39), max_size=3),
     softcap=st.sampled_from([None, 2.0]),
     with_sinks=st.booleans(),
+    quantize=st.sampled_from(["none", "int8"]),
     scaling=st.sampled_from([None, 0.3]),
     scores=st.sampled_from([16 * 2**20, 64]),
     seed=st.integers(0, 1000),
@@ -90,6 +92,7 @@ def test_steps_over_blocks_equal_the_formula(
     cuts: list[int],
     softcap: float | None,
     with_sinks: bool,
+    quantize: str,
     scaling: float | None,
     scores: int,
     seed: int,
@@ -104,7 +107,7 @@ def test_steps_over_blocks_equal_the_formula(
     keys = [random(heads[1], n, sizes[0]) for n in lengths]
     values = [random(heads[1], n, sizes[1]) for n in lengths]
     sinks = random(heads[0]) if with_sinks else None
-    cache = BlockCache({SITE: SiteShape(heads[1], *sizes)}, 12, torch.float32, CPU)
+    cache = BlockCache({SITE: SiteShape(heads[1], *sizes)}, 12, torch.float32, CPU, quantize)
     poison(cache, heads[1], sizes)
     blocks = torch.randperm(12, generator=generator)
     out: list[list[Tensor]] = [[] for _ in lengths]
@@ -134,6 +137,8 @@ def test_steps_over_blocks_equal_the_formula(
             pieces = result[0].split([stop - low for _, low, stop in part])
             for (i, _, _), piece in zip(part, pieces, strict=True):
                 out[i].append(piece)
+    if quantize == "int8":
+        keys, values = ([widened(*quantized(it), it.dtype) for it in of] for of in (keys, values))
     scale = scaling if scaling is not None else sizes[0] ** -0.5
     for i in range(len(lengths)):
         expected = by_the_formula(queries[i], keys[i], values[i], rule, scale, softcap, sinks)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from engine.kv import BLOCK_TOKENS
 from engine.stage import Stage, StageRun, load_stage
-from proto.errors import RemoteProtocolError
+from proto.errors import RemoteProtocolError, UsageError
 from tests.support.local_chain import Chain, cut
-from tests.support.models import VOCAB, save_tiny
+from tests.support.models import VOCAB, save_tiny, tiny_model
 
 PROMPT = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(3))
 
@@ -66,6 +66,39 @@ def test_a_block_of_half_precision_is_half_as_large(folder: Path, stage: Stage) 
     assert half.block_bytes * 2 == stage.block_bytes
     # Packed rows have whole groups of columns, which a matrix of 48 columns must be padded to.
     assert stage.stage_bytes / 2 <= half.stage_bytes < stage.stage_bytes == half.read_bytes
+
+
+def test_a_block_in_8_bits_has_a_scale_for_each_token_and_head(folder: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        rounded = load_stage(
+            str(folder), layers=(1, 3), dtype=dtype, device="cpu", kv_quantize="int8"
+        )
+        a_layer = BLOCK_TOKENS * 2 * 2 * (8 + 2)  # tokens, keys and values, kv heads, their bytes
+        assert rounded.block_bytes == 2 * a_layer
+        cache = rounded.new_cache(5)
+        held = [
+            tensor
+            for site in rounded.attention_calls
+            for tensor in (*cache.tensors(site), *(cache.scales(site) or ()))
+        ]
+        assert sum(it.nbytes for it in held) == 5 * rounded.block_bytes
+
+
+def test_a_model_whose_keys_lose_too_much_in_8_bits_is_refused(tmp_path: Path) -> None:
+    """Numbers that queries make nothing of, and so large that beside them all others are zero."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection, factor in ((attention.q_proj, 0.0), (attention.k_proj, 1e4)):
+            heads = projection.weight.data.view(-1, 8, 32)
+            heads[:, [0, 4]] *= factor  # rotary positions mix these two
+        attention.q_proj.weight.data *= 1e2
+    model.save_pretrained(tmp_path)
+    load_stage(str(tmp_path), layers=(0, 2), device="cpu")
+    with pytest.raises(UsageError) as refused:
+        load_stage(str(tmp_path), layers=(0, 2), device="cpu", kv_quantize="int8")
+    assert "--kv-quantize int8: Llama" in str(refused.value)
+    assert "start the worker without it" in str(refused.value)
 
 
 def test_what_it_returns_is_new_memory(stage: Stage, hidden: Tensor) -> None:
