@@ -1,6 +1,6 @@
 """What 16,000 tokens of context cost a decode step: is KV read at the memory's speed?
 
-    python bench/long_context.py [--tokens 16384] [--layers 4] [--quick]
+    python bench/long_context.py [--tokens 16384] [--layers 4] [--kv-quantize int8] [--quick]
 
 One worker, one core and one thread, one stream, some layers of the 1.1B Llama (all layers are
 alike, and the prompt must be computed first). What a step takes at the end of a long prompt less
@@ -37,24 +37,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of context")
     parser.add_argument("--layers", type=int, default=4, help="1 to 22")
     parser.add_argument("--steps", type=int, default=48, help="decode steps at each length")
+    parser.add_argument("--kv-quantize", choices=("none", "int8"), default="none")
     args = parser.parse_args()
     bits = command.listed(args.bits, command.ALL_BITS, "--bits")
     if args.quick:
         args.tokens, args.layers, args.steps = min(args.tokens, 4096), 2, 24
     load, rows = Load(), list[Row]()
     for it in bits:
-        rows += asyncio.run(measure(it, args.tokens, args.layers, args.steps, load, args.quick))
+        rows += asyncio.run(
+            measure(it, args.kv_quantize, args.tokens, args.layers, args.steps, load, args.quick)
+        )
     publish(rows, title=f"context of {args.tokens} tokens", load=load, json_file=args.json)
 
 
 async def measure(
-    bits: str, tokens: int, layers: int, steps: int, load: Load, quick: bool
+    bits: str, kv_quantize: str, tokens: int, layers: int, steps: int, load: Load, quick: bool
 ) -> list[Row]:
     """A step at both lengths, and the speed at which KV was read."""
     shape = SHAPES["llama"].changed(num_layers=layers, max_position_embeddings=tokens + 1024)
     case = f"llama {bits}, {layers} layers"
+    if kv_quantize != "none":
+        case += f", KV {kv_quantize}"
     async with comboio(
-        checkpoint(shape), bits, count=1, streams=1, tokens=tokens + steps, kv_memory="2G"
+        checkpoint(shape),
+        bits,
+        count=1,
+        streams=1,
+        tokens=tokens + steps,
+        kv_memory="2G",
+        more_words=("--kv-quantize", kv_quantize),
     ) as contestant:
         vocab_size = shape.vocab_size
         with load.noted():

@@ -1,4 +1,4 @@
-"""What rounding the weights costs: perplexity on held-out text, by the path that requests take.
+"""What rounding weights, keys and values costs: perplexity on held-out text, by requests' own path.
 
 Every token of a text goes through one stage, in windows, twice: in chunks as a prompt comes
 (`prompt`), and in steps of 16 tokens, which meet the kernels that decode steps meet (`decode`):
@@ -28,19 +28,21 @@ from engine.stage import Stage, StageRun, load_stage
 
 WINDOW_TOKENS: Final = 512
 CHUNK_TOKENS: Final = {"prompt": 512, "decode": 16}
-# (name, dtype, quantize, quantize_head)
+# (name, dtype, quantize, quantize_head, kv_quantize)
 WAYS: Final = (
-    ("float32", "float32", "none", "auto"),
-    ("bfloat16", "bfloat16", "none", "auto"),
-    ("int8", "bfloat16", "int8", "auto"),
-    ("int4", "bfloat16", "int4", "auto"),
-    ("int4, head too", "bfloat16", "int4", "same"),
+    ("float32", "float32", "none", "auto", "none"),
+    ("bfloat16", "bfloat16", "none", "auto", "none"),
+    ("KV int8", "bfloat16", "none", "auto", "int8"),
+    ("int8", "bfloat16", "int8", "auto", "none"),
+    ("int4", "bfloat16", "int4", "auto", "none"),
+    ("int4, KV int8", "bfloat16", "int4", "auto", "int8"),
+    ("int4, head too", "bfloat16", "int4", "same", "none"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """How well one way of holding the weights predicts a text."""
+    """How well a model that is held in one way predicts a text."""
 
     weights: str
     path: str  # "prompt" or "decode"
@@ -77,10 +79,12 @@ def _logits(
 
 
 def measure(
-    model: str | None, token_ids: Sequence[int], ways: Sequence[tuple[str, str, str, str]] = WAYS
+    model: str | None,
+    token_ids: Sequence[int],
+    ways: Sequence[tuple[str, str, str, str, str]] = WAYS,
 ) -> Iterator[Quality]:
-    """The perplexity of a text by every way of holding the weights, in steps of both sizes."""
-    for name, dtype, quantize, head in ways:
+    """The perplexity of a text by every way of holding the model, in steps of both sizes."""
+    for name, dtype, quantize, head, kv_quantize in ways:
         entry = load_entry(model, dtype=dtype)
         stage = load_stage(
             model,
@@ -90,6 +94,7 @@ def measure(
             device="cpu",
             quantize=quantize,
             quantize_head=head,
+            kv_quantize=kv_quantize,
         )
         for path, chunk_tokens in CHUNK_TOKENS.items():
             yield Quality(
@@ -106,7 +111,7 @@ def measure(
 @click.option("--tokens", default=16_384, show_default=True, help="Of the text, from its start.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def main(model: str | None, text: Path, tokens: int, as_json: bool) -> None:
-    """Measure what rounding the weights costs."""
+    """Measure what rounding weights, keys and values costs."""
     tokenizer = load_entry(model).tokenizer
     assert tokenizer is not None, "the checkpoint has no tokenizer"
     token_ids = tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)[:tokens]
