@@ -1,14 +1,12 @@
 /* Attention for AMX, for queries of bfloat16 whose heads are a multiple of 32 long; what else there
  * is goes to AVX-512.
  *
- * Keys and values go into tiles as they lie in their blocks; those of 8 bits by way of a piece of
- * the first-level cache, where they are bfloat16 for a moment. Their scales, one for each token, are
- * factors of the scores and of the weights. Keys times queries are scores by
- * [token][row], so each lane of a vector is a row of its own and no softmax goes across lanes;
- * where a KV head has few rows, several heads share the 16 lanes. The instruction adds up products
- * of neighbours: of two columns of a key, as it should, but of two columns of a value as well. So
- * values meet the weights twice, once with a 0 behind every weight and once with a 0 before it: the
- * even columns, and the odd ones.
+ * Keys and values go into tiles as they lie in their blocks; of those in 8 bits,
+ * attention_amx_int8.h. Keys times queries are scores by [token][row], so each lane of a vector is a
+ * row of its own and no softmax goes across lanes; where a KV head has few rows, several heads share
+ * the 16 lanes. The instruction adds up products of neighbours: of two columns of a key, as it
+ * should, but of two columns of a value as well. So values meet the weights twice, once with a 0
+ * behind every weight and once with a 0 before it: the even columns, and the odd ones.
  */
 #include "native.h"
 #if defined(HAVE_X86)
@@ -21,82 +19,49 @@
 #define DOT_BFLOATS 1
 #include "lanes.h"
 
-#include "attention.h"
-#include "attention_int8.h"
-#include "tiles.h"
+#include "attention_amx.h"
+#include "attention_amx_int8.h"
 
 extern const AttentionKernels avx512bf16_attention_kernels;
-
-/* Halves of a tile of 16 rows, and of the columns that one tile has of keys and queries. */
-enum { TILE_HALVES = 512, TILE_COLUMNS = 32 };
-/* Heads with fewer rows than this leave the tiles mostly empty. */
-enum { LEAST_ROWS = 2 };
-
-/* A group is what fills the lanes: some KV heads, or a part of the rows of one. */
-typedef struct {
-    int64_t rows;    /* of one KV head: its query heads times the run's tokens */
-    int64_t sharing; /* KV heads of a group; 1 where a head has several groups */
-    int64_t parts;   /* groups of a KV head */
-    int64_t width;   /* lanes that one head has in a group */
-    int64_t key_tiles, value_tiles;
-    uint16_t *queries; /* [KV head][part][key tile][pair of columns][lane][2]; 0 in others' lanes */
-    float *scores;     /* [token of the tile][lane] */
-    uint32_t *weights; /* [block of the tile][even, odd][lane][token of the block] */
-    uint16_t *values;  /* [token of a block][column]: one whose tokens are not all there */
-    float *sums;       /* [KV head][part][32 columns][even, odd][row][column] */
-    float *largest, *weight; /* [group][lane] */
-    /* Where keys and values are of 8 bits. */
-    TileScales *scales; /* [head of the group] */
-    uint16_t *pieces;   /* [PIECES][row][column]: tiles of bfloat16 */
-} Room;
-
-/* So many, that a tile need not be loaded from where another one is still being loaded from. */
-enum { PIECES = TILE_TOKENS / BLOCK_TOKENS };
 
 static int make_room(Room *room, const Site *site, int64_t num_tokens) {
     room->rows = site->heads / site->kv_heads * num_tokens;
     room->sharing = room->rows < LANES ? LANES / room->rows : 1;
     room->parts = (room->rows + LANES - 1) / LANES;
     room->width = room->rows < LANES ? room->rows : LANES;
-    room->key_tiles = site->key_size / TILE_COLUMNS;
+    const int wide = site->stored == I8 && site->key_size % (2 * TILE_COLUMNS) == 0;
+    room->key_columns = wide ? 2 * TILE_COLUMNS : TILE_COLUMNS;
+    room->key_tiles = site->key_size / room->key_columns;
     room->value_tiles = site->value_size / TILE_COLUMNS;
     const int64_t parts = site->kv_heads * room->parts;
     const int64_t bytes[] = {
-        2 * parts * room->key_tiles * TILE_HALVES,
+        (site->stored == I8 ? 2 : 1) * parts * room->key_tiles * TILE_BYTES,
         4 * TILE_TOKENS * LANES,
         8 * TILE_TOKENS * LANES,
         2 * BLOCK_TOKENS * site->value_size,
         4 * parts * room->width * site->value_size,
         4 * parts * LANES,
         4 * parts * LANES,
+        4 * parts * LANES,
+        4 * TILE_TOKENS * LANES,
         room->sharing * (int64_t)sizeof(TileScales),
-        2 * PIECES * TILE_HALVES,
+        TILE_TOKENS / BLOCK_TOKENS * TILE_BYTES,
     };
     int64_t total = 0;
-    for (int i = 0; i < 9; i++) total += bytes[i];
+    for (int i = 0; i < 11; i++) total += bytes[i];
     char *at = scratch(SCRATCH_ATTENTION + 1, total);
     if (!at) return 0;
-    void *places[9];
-    for (int i = 0; i < 9; at += bytes[i++]) places[i] = at;
+    void *places[11];
+    for (int i = 0; i < 11; at += bytes[i++]) places[i] = at;
     room->queries = places[0], room->scores = places[1], room->weights = places[2];
     room->values = places[3], room->sums = places[4];
     room->largest = places[5], room->weight = places[6];
-    room->scales = places[7], room->pieces = places[8];
+    room->query_scales = places[7], room->low_scores = places[8];
+    room->scales = places[9], room->pieces = places[10];
     memset(room->queries, 0, bytes[0]);
+    memset(room->query_scales, 0, bytes[7]);
     memset(room->sums, 0, bytes[4]);
     return 1;
-}
-
-/* Where a row of all rows stands: its group, its lane, and its place in the sums. */
-typedef struct {
-    int64_t group, lane, head_part, row;
-} Place;
-
-INLINE Place place_of(const Room *room, int64_t row) {
-    int64_t head = row / room->rows, within = row % room->rows, part = within / LANES;
-    int64_t lane = head % room->sharing * room->width + within % LANES;
-    return (Place){head / room->sharing * room->parts + part, lane, head * room->parts + part,
-                   within % LANES};
 }
 
 static void take_queries(const Room *room, const Attention *all, const Run *run) {
@@ -107,93 +72,58 @@ static void take_queries(const Room *room, const Attention *all, const Run *run)
         const char *from = all->queries.base + (run->first_row + token) * all->queries.token +
                            head * all->queries.head;
         Place place = place_of(room, row);
-        uint16_t *to =
-            room->queries + place.head_part * room->key_tiles * TILE_HALVES + 2 * place.lane;
+        char *to =
+            room->queries + place.head_part * room->key_tiles * TILE_BYTES + 4 * place.lane;
         for (int64_t pair = 0; pair < site->key_size / 2; pair++)
-            memcpy(to + pair * 2 * LANES, from + 4 * pair, 4);
+            memcpy(to + pair * 4 * LANES, from + 4 * pair, 4);
     }
 }
 
-/* Tiles 0 and 1 are scores, 2 keys or values, 3 queries; 4 and 5 weights, 6 and 7 sums. */
-TARGET static void shape_tiles(int width) {
+/* Tiles 0 and 1 are scores, 2 values or keys, 3 queries, 4 weights, 5 keys in 8 bits; 6 and 7
+ * sums. */
+TARGET static void shape_tiles(const Room *room, int stored) {
     TileShapes shapes = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = tile < 4 ? 16 : width;
+        shapes.rows[tile] = tile < 4 ? 16 : (uint8_t)room->width;
+    }
+    shapes.rows[5] = 16;
+    if (stored == I8) {
+        shapes.row_bytes[5] = (uint16_t)room->key_columns;
+        shapes.rows[3] = (uint8_t)(room->key_columns / 4);
     }
     written(&shapes);
     _tile_loadconfig(&shapes);
 }
 
-/* Keys of one stretch's tile: of token t at keys + slots[t] * apart. */
-typedef struct {
-    const char *keys, *values;
-    const int64_t *slots;
-    int64_t first, count; /* tokens that are there */
-    int64_t key_apart, value_apart; /* bytes, from one token to the next */
-    int stored;                     /* BF16 or I8 */
-} Memory;
-
-/* 16 tokens' 32 columns of keys or values, `apart` bytes from one another, into tile 2. */
-TARGET INLINE void load_columns(const Room *room, int stored, const char *from, int64_t apart,
-                                int64_t piece) {
-    if (stored == I8) {
-        uint16_t *to = room->pieces + piece % PIECES * TILE_HALVES;
-        UNROLL for (int64_t t = 0; t < 16; t++) widen_32(to + t * TILE_COLUMNS, from + t * apart);
-        written(to);
-        from = (const char *)to, apart = 2 * TILE_COLUMNS;
-    }
-    _tile_loadd(2, from, apart);
-}
-
 TARGET static void all_scores(const Room *room, const Memory *memory, int64_t head, int64_t heads,
                               int64_t part, Ahead *ahead, int lines) {
-    const int64_t tile_bytes = TILE_COLUMNS * dtype_bytes(memory->stored);
-    const int64_t head_bytes = room->key_tiles * tile_bytes;
+    const int64_t head_bytes = room->key_tiles * TILE_COLUMNS * 2;
     for (int64_t t = 0; t < memory->count; t += 32) {
         const char *low = memory->keys + memory->slots[t] * memory->key_apart + head * head_bytes;
         /* Where there is no second block the first one's scores are made twice. */
         const int64_t other = t + 16 < memory->count ? t + 16 : t;
         const char *high =
             memory->keys + memory->slots[other] * memory->key_apart + head * head_bytes;
-        const uint16_t *query = room->queries + (head * room->parts + part) * room->key_tiles *
-                                                    TILE_HALVES;
+        const char *query =
+            room->queries + (head * room->parts + part) * room->key_tiles * TILE_BYTES;
         _tile_zero(0);
         _tile_zero(1);
         for (int64_t i = 0; i < heads * room->key_tiles; i++) {
             _tile_loadd(3, query, 64);
             ask(ahead, lines);
-            load_columns(room, memory->stored, low, memory->key_apart, 2 * i);
+            _tile_loadd(2, low, memory->key_apart);
             ask(ahead, lines);
             _tile_dpbf16ps(0, 2, 3);
             ask(ahead, lines);
-            load_columns(room, memory->stored, high, memory->key_apart, 2 * i + 1);
+            _tile_loadd(2, high, memory->key_apart);
             ask(ahead, lines);
             _tile_dpbf16ps(1, 2, 3);
-            low += tile_bytes, high += tile_bytes, query += TILE_HALVES;
+            low += 64, high += 64, query += TILE_BYTES;
         }
         _tile_stored(0, room->scores + t * LANES, 64);
         _tile_stored(1, room->scores + (t + 16) * LANES, 64);
     }
-}
-
-/* What each lane's head has at token t; `of` is that of the group's first head. */
-TARGET INLINE Floats lane_scales(const Room *room, const float *of, int64_t heads, int64_t t) {
-    __m512 by = _mm512_set1_ps(of[t]);
-    __mmask16 lanes = (__mmask16)((1 << room->width) - 1);
-    for (int64_t i = 1; i < heads; i++) {
-        of += sizeof(TileScales) / sizeof(float);
-        lanes = (__mmask16)(lanes << room->width);
-        by = _mm512_mask_mov_ps(by, lanes, _mm512_set1_ps(of[t]));
-    }
-    return (Floats)by;
-}
-
-TARGET static void scale_scores(const Room *room, int64_t heads, int64_t count) {
-    for (int64_t t = 0; t < count; t++)
-        store(room->scores, t * LANES,
-              load(room->scores, t * LANES, F32) * lane_scales(room, room->scales->keys, heads, t),
-              F32);
 }
 
 /* Words [token][lane] to [lane][token]: their upper halves, lower ones in `to`, once more as they
@@ -341,14 +271,20 @@ TARGET static void add_values(const Room *room, const Memory *memory, int64_t he
                 written(room->values);
                 from = (const char *)room->values, stride = bytes;
             }
-            load_columns(room, memory->stored, from + tile_bytes * tile, stride,
-                         t / BLOCK_TOKENS);
+            from += tile_bytes * tile;
+            if (memory->stored == I8) {
+                /* Not where another tile is still being loaded from. */
+                uint16_t *piece = room->pieces + t / BLOCK_TOKENS * TILE_HALVES;
+                widen_piece(piece, from, apart);
+                from = (const char *)piece, stride = 64;
+            }
+            _tile_loadd(2, from, stride);
             ask(ahead, lines);
             _tile_loadd(4, weights + t * 2 * LANES, 64);
             ask(ahead, lines);
             _tile_dpbf16ps(6, 4, 2);
-            _tile_loadd(5, weights + (t * 2 + BLOCK_TOKENS) * LANES, 64);
-            _tile_dpbf16ps(7, 5, 2);
+            _tile_loadd(4, weights + (t * 2 + BLOCK_TOKENS) * LANES, 64);
+            _tile_dpbf16ps(7, 4, 2);
         }
         _tile_stored(6, sums, 64);
         _tile_stored(7, odd, 64);
@@ -406,13 +342,16 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
         return avx512bf16_attention_kernels.stretch(all, run, begin, end, stop, out);
     Room room;
     if (!make_room(&room, site, run->num_tokens)) return 0;
-    take_queries(&room, all, run);
+    if (site->stored == I8)
+        take_split_queries(&room, all, run);
+    else
+        take_queries(&room, all, run);
     const int64_t groups = (site->kv_heads + room.sharing - 1) / room.sharing * room.parts;
     for (int64_t i = 0; i < groups * LANES; i++) {
         room.largest[i] = -__builtin_inff();
         room.weight[i] = 0;
     }
-    shape_tiles((int)room.width);
+    shape_tiles(&room, (int)site->stored);
     int64_t slots[TILE_TOKENS], count;
     Ahead ahead;
     for (int64_t at = begin / BLOCK_TOKENS * BLOCK_TOKENS; at < end; at += count) {
@@ -430,7 +369,8 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
         /* Evenly over the time that a tile takes, or the requests wait for one another. */
         const int quarter = ahead.lines / 4;
         const int64_t all_parts = site->kv_heads * room.parts;
-        const int for_scores = share(quarter, all_parts * room.key_tiles * blocks * 2);
+        const int asks = site->stored == I8 ? 3 : 2; /* for a tile of keys */
+        const int for_scores = share(quarter, all_parts * room.key_tiles * blocks * asks);
         const int for_weights = share(quarter, groups * BLOCK_TOKENS * blocks);
         const int for_values = share(2 * quarter, all_parts * room.value_tiles * blocks * 3);
         for (int64_t group = 0; group < groups; group++) {
@@ -441,11 +381,13 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
             Floats rescaled;
             float by[LANES];
             int all_seen = bounds(&room, site, run, part, at, &memory, &low, &high);
-            all_scores(&room, &memory, head, heads, part, &ahead, for_scores);
             if (memory.stored == I8) {
                 for (int64_t i = 0; i < heads; i++)
                     take_scales(&room.scales[i], site, slots, count, head + i);
-                scale_scores(&room, heads, count);
+                all_split_scores(&room, &memory, head, heads, part, &ahead, for_scores);
+                scale_scores(&room, group, heads, count);
+            } else {
+                all_scores(&room, &memory, head, heads, part, &ahead, for_scores);
             }
             int grew = soften(&room, site, group, heads, count, low, high, all_seen, &rescaled,
                               &ahead, for_weights);
