@@ -126,33 +126,15 @@ TARGET static void all_scores(const Room *room, const Memory *memory, int64_t he
     }
 }
 
-/* Words [token][lane] to [lane][token]: their upper halves, lower ones in `to`, once more as they
- * are behind it. */
-TARGET INLINE void turn_round(const __m512i x[16], uint32_t *to) {
+/* 16 tokens' words [token][lane] to [lane][token]: their upper halves, lower ones in `to`, once more
+ * as they are behind it. */
+TARGET INLINE void turn_apart(const __m512i x[16], uint32_t *to) {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
-    __m512i a[16], b[16], c[16];
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 16; i += 4)
-        UNROLL for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-        }
-    UNROLL for (int i = 0; i < 16; i += 8)
-        UNROLL for (int j = 0; j < 4; j++) {
-            c[i + j] = _mm512_shuffle_i32x4(b[i + j], b[i + 4 + j], 0x88);
-            c[i + 4 + j] = _mm512_shuffle_i32x4(b[i + j], b[i + 4 + j], 0xdd);
-        }
-    /* c[j] holds 128-bit lanes 0 and 2, c[4 + j] lanes 1 and 3, of the lower and the upper rows. */
-    UNROLL for (int j = 0; j < 8; j++) {
-        __m512i first = _mm512_shuffle_i32x4(c[j], c[8 + j], 0x88);
-        __m512i second = _mm512_shuffle_i32x4(c[j], c[8 + j], 0xdd);
-        _mm512_store_si512(to + j * 16, _mm512_srli_epi32(first, 16));
-        _mm512_store_si512(to + (j + 8) * 16, _mm512_srli_epi32(second, 16));
-        _mm512_store_si512(to + (j + 16) * 16, _mm512_and_si512(first, upper));
-        _mm512_store_si512(to + (j + 24) * 16, _mm512_and_si512(second, upper));
+    __m512i turned[16];
+    turn_round(x, turned);
+    UNROLL for (int j = 0; j < 16; j++) {
+        _mm512_store_si512(to + j * 16, _mm512_srli_epi32(turned[j], 16));
+        _mm512_store_si512(to + (j + 16) * 16, _mm512_and_si512(turned[j], upper));
     }
 }
 
@@ -196,11 +178,11 @@ TARGET INLINE Floats largest_scores(const Room *room, const Site *site, int64_t 
     return most[0];
 }
 
-/* Scores of so many heads become weights, with the values' scales in them. Returns whether sums are
- * to be rescaled, and with what. */
+/* Scores of so many heads become weights, with the scales of values in 8 bits in them. Returns
+ * whether sums are to be rescaled, and with what. */
 TARGET INLINE int soften(const Room *room, const Site *site, int64_t group, int64_t heads,
                          int64_t count, Ints low, Ints high, int all_seen, Floats *rescaled,
-                         Ahead *ahead, int lines) {
+                         Ahead *ahead, int lines, const int stored) {
     const Floats nothing = splat(-__builtin_inff());
     const float *scores = room->scores;
     /* Powers of two: the logarithm's base is in the scale. */
@@ -222,11 +204,14 @@ TARGET INLINE int soften(const Room *room, const Site *site, int64_t group, int6
             __m512 score = _mm512_load_ps(scores + (t + i) * LANES);
             __m512 weight = power_of_two(_mm512_fmsub_ps(score, scale, most_scaled));
             total += (Floats)weight;
-            if (site->stored == I8)
+            if (stored == I8)
                 weight *= (__m512)lane_scales(room, room->scales->values, heads, t + i);
             rounded[i] = (__m512i)((Words)weight + 0x8000); /* to the nearest in the upper half */
         }
-        turn_round(rounded, room->weights + t * 2 * LANES);
+        if (stored == I8)
+            put_weights(room, rounded, t, count);
+        else
+            turn_apart(rounded, room->weights + t * 2 * LANES);
     }
     Floats weight = load(room->weight, group * LANES, F32);
     store(room->weight, group * LANES, weight * *rescaled + total, F32);
@@ -255,8 +240,7 @@ TARGET static void some_values(const Room *room, const char *from, int64_t apart
 /* Head `head`, the group's number `i`. */
 TARGET static void add_values(const Room *room, const Memory *memory, int64_t head, int64_t i,
                               float *sums, Ahead *ahead, int lines) {
-    const int64_t tile_bytes = TILE_COLUMNS * dtype_bytes(memory->stored);
-    const int64_t bytes = tile_bytes * room->value_tiles, apart = memory->value_apart;
+    const int64_t bytes = 2 * TILE_COLUMNS * room->value_tiles, apart = memory->value_apart;
     const uint32_t *weights = room->weights + i * room->width * LANES;
     for (int64_t tile = 0; tile < room->value_tiles; tile++) {
         float *odd = sums + room->width * LANES;
@@ -266,19 +250,12 @@ TARGET static void add_values(const Room *room, const Memory *memory, int64_t he
             const char *from = memory->values + memory->slots[t] * apart + head * bytes;
             int64_t first = memory->first - t, count = memory->count - t, stride = apart;
             ask(ahead, lines);
-            if (memory->stored == BF16 && (first > 0 || count < BLOCK_TOKENS)) {
+            if (first > 0 || count < BLOCK_TOKENS) {
                 some_values(room, from, apart, first, count);
                 written(room->values);
                 from = (const char *)room->values, stride = bytes;
             }
-            from += tile_bytes * tile;
-            if (memory->stored == I8) {
-                /* Not where another tile is still being loaded from. */
-                uint16_t *piece = room->pieces + t / BLOCK_TOKENS * TILE_HALVES;
-                widen_piece(piece, from, apart);
-                from = (const char *)piece, stride = 64;
-            }
-            _tile_loadd(2, from, stride);
+            _tile_loadd(2, from + 64 * tile, stride);
             ask(ahead, lines);
             _tile_loadd(4, weights + t * 2 * LANES, 64);
             ask(ahead, lines);
@@ -326,8 +303,9 @@ TARGET static void hand_over(const Room *room, const Site *site, int64_t num_tok
         float *to = out.sums + row * site->value_size;
         for (int64_t tile = 0; tile < room->value_tiles; tile++, to += 2 * LANES) {
             __m512 even = _mm512_load_ps(from), odd = _mm512_load_ps(from + room->width * LANES);
-            _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, low, odd));
-            _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps(even, high, odd));
+            int in_order = site->stored == I8; /* the lower columns, then the upper ones */
+            _mm512_storeu_ps(to, in_order ? even : _mm512_permutex2var_ps(even, low, odd));
+            _mm512_storeu_ps(to + LANES, in_order ? odd : _mm512_permutex2var_ps(even, high, odd));
             from += 2 * room->width * LANES;
         }
     }
@@ -372,7 +350,8 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
         const int asks = site->stored == I8 ? 3 : 2; /* for a tile of keys */
         const int for_scores = share(quarter, all_parts * room.key_tiles * blocks * asks);
         const int for_weights = share(quarter, groups * BLOCK_TOKENS * blocks);
-        const int for_values = share(2 * quarter, all_parts * room.value_tiles * blocks * 3);
+        const int turns = site->stored == I8 ? 2 : 3; /* of asking, for a block's 32 columns */
+        const int for_values = share(2 * quarter, all_parts * room.value_tiles * blocks * turns);
         for (int64_t group = 0; group < groups; group++) {
             const int64_t part = group % room.parts, head = group / room.parts * room.sharing;
             const int64_t left = site->kv_heads - head;
@@ -380,24 +359,29 @@ TARGET static int stretch(const Attention *all, const Run *run, int64_t begin, i
             Ints low, high;
             Floats rescaled;
             float by[LANES];
-            int all_seen = bounds(&room, site, run, part, at, &memory, &low, &high);
+            int all_seen = bounds(&room, site, run, part, at, &memory, &low, &high), grew;
             if (memory.stored == I8) {
                 for (int64_t i = 0; i < heads; i++)
                     take_scales(&room.scales[i], site, slots, count, head + i);
                 all_split_scores(&room, &memory, head, heads, part, &ahead, for_scores);
                 scale_scores(&room, group, heads, count);
+                grew = soften(&room, site, group, heads, count, low, high, all_seen, &rescaled,
+                              &ahead, for_weights, I8);
             } else {
                 all_scores(&room, &memory, head, heads, part, &ahead, for_scores);
+                grew = soften(&room, site, group, heads, count, low, high, all_seen, &rescaled,
+                              &ahead, for_weights, BF16);
             }
-            int grew = soften(&room, site, group, heads, count, low, high, all_seen, &rescaled,
-                              &ahead, for_weights);
             store(by, 0, rescaled, F32);
             for (int64_t i = 0; i < heads; i++) {
                 float *sums = room.sums + ((head + i) * room.parts + part) * 2 *
                                               room.value_tiles * room.width * LANES;
                 if (grew) rescale(&room, sums, by + i * room.width);
                 written(sums);
-                add_values(&room, &memory, head + i, i, sums, &ahead, for_values);
+                if (memory.stored == I8)
+                    add_widened_values(&room, &memory, head + i, i, sums, &ahead, for_values);
+                else
+                    add_values(&room, &memory, head + i, i, sums, &ahead, for_values);
             }
         }
     }

@@ -4,12 +4,15 @@
  * multiplied with the upper and the lower 8 one after the other: products and sums are exact, and a
  * query's own rounding, 1/32512 of its largest number, is far below that of bfloat16. Values meet
  * weights, which have no common scale, so they become bfloat16 in the first-level cache, a tile at a
- * time. The scales of tokens are factors of scores and weights.
+ * time; in such order that a product adds up two tokens. The scales of tokens are factors of scores
+ * and weights.
  */
 #include "attention_amx.h"
 
 /* Steps from 0 to a query's largest number. */
 enum { QUERY_STEPS = 127 * 128 };
+/* Tokens that a tile of values holds, two to a row. */
+enum { HALF_TOKENS = TILE_TOKENS / 2, TILE_WORDS = TILE_BYTES / 4 };
 
 /* 16 numbers of a query, of which 4 columns lie side by side in a row of a tile. */
 TARGET INLINE void put_columns(char *to, __m512i whole) {
@@ -101,9 +104,67 @@ TARGET static void scale_scores(const Room *room, int64_t group, int64_t heads, 
     }
 }
 
-/* 16 tokens' 32 columns of values, `apart` bytes from one another, become bfloat16. */
-TARGET INLINE void widen_piece(uint16_t *to, const char *from, int64_t apart) {
-    UNROLL for (int64_t t = 0; t < BLOCK_TOKENS; t++)
-        widen_32(to + t * TILE_COLUMNS, from + t * apart);
-    written(to);
+/* 16 tokens' weights [token][lane], rounded in their upper halves, from the tile's token t on. Two
+ * neighbours are a word; once there are 32 tokens, words [pair][lane] become [lane][pair]. */
+TARGET INLINE void put_weights(const Room *room, const __m512i rounded[16], int64_t t,
+                               int64_t count) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    uint32_t *to = room->weights + t / HALF_TOKENS * HALF_TOKENS / 2 * LANES;
+    const int64_t at = t % HALF_TOKENS / 2;
+    UNROLL for (int i = 0; i < 8; i++)
+        _mm512_store_si512(to + (at + i) * LANES,
+                           _mm512_or_si512(_mm512_srli_epi32(rounded[2 * i], 16),
+                                           _mm512_and_si512(rounded[2 * i + 1], upper)));
+    if (!at && t + BLOCK_TOKENS < count) return;
+    __m512i pairs[16], turned[16];
+    UNROLL for (int i = 0; i < 16; i++)
+        pairs[i] = i < 8 || at ? _mm512_load_si512(to + i * LANES) : _mm512_setzero_si512();
+    turn_round(pairs, turned);
+    UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * LANES, turned[i]);
+}
+
+/* Two tokens' 16 columns become bfloat16, side by side in a word. */
+TARGET INLINE __m512i widen_pair(const char *one, const char *other) {
+    __m512i lower = _mm512_srli_epi32((__m512i)from_bytes(one), 16);
+    return _mm512_or_si512(lower, (__m512i)from_bytes(other));
+}
+
+/* Head `head`, the group's number `i`. */
+TARGET static void add_widened_values(const Room *room, const Memory *memory, int64_t head,
+                                      int64_t i, float *sums, Ahead *ahead, int lines) {
+    const int64_t bytes = TILE_COLUMNS * room->value_tiles, apart = memory->value_apart;
+    for (int64_t tile = 0; tile < room->value_tiles; tile++) {
+        float *upper_sums = sums + room->width * LANES;
+        _tile_loadd(6, sums, 64);
+        _tile_loadd(7, upper_sums, 64);
+        for (int64_t t = 0; t < memory->count; t += HALF_TOKENS) {
+            const int64_t half = t / HALF_TOKENS, at = head * bytes + tile * TILE_COLUMNS;
+            /* Where there is no second block the first one has its place, with weights of 0. */
+            const int64_t other = t + BLOCK_TOKENS < memory->count ? t + BLOCK_TOKENS : t;
+            const char *blocks[2] = {memory->values + memory->slots[t] * apart + at,
+                                     memory->values + memory->slots[other] * apart + at};
+            uint32_t *lower = room->pieces + half * 2 * TILE_WORDS, *upper = lower + TILE_WORDS;
+            for (int block = 0; block < 2; block++) {
+                const char *from = blocks[block];
+                UNROLL for (int pair = 0; pair < 8; pair++, from += 2 * apart) {
+                    const int64_t place = (8 * block + pair) * LANES;
+                    _mm512_store_si512(lower + place, widen_pair(from, from + apart));
+                    _mm512_store_si512(upper + place,
+                                       widen_pair(from + LANES, from + LANES + apart));
+                }
+                ask(ahead, lines);
+            }
+            written(lower);
+            _tile_loadd(4, room->weights + (half * HALF_TOKENS / 2 + i * room->width) * LANES, 64);
+            ask(ahead, lines);
+            _tile_loadd(2, lower, 64);
+            _tile_dpbf16ps(6, 4, 2);
+            ask(ahead, lines);
+            _tile_loadd(2, upper, 64);
+            _tile_dpbf16ps(7, 4, 2);
+        }
+        _tile_stored(6, sums, 64);
+        _tile_stored(7, upper_sums, 64);
+        sums += 2 * room->width * LANES;
+    }
 }
