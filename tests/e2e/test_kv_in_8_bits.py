@@ -58,6 +58,7 @@ async def test_a_stream_goes_on_as_if_nothing_had_happened(fleet):
 
 def test_tables_and_plans_know_of_it(fleet, call, tiny):
     option = ",".join(fleet.made_whole())
+    assert " keys and values held=int8 bytes_a_token=" in fleet["0"].stderr
     held = [it["facts"] for it in json.loads(call("workers", "--workers", option, "--json").stdout)]
     assert {it["kv_quantize"] for it in held} == {"int8"}
     assert "float32, kv int8" in call("workers", "--workers", option).stdout

@@ -221,6 +221,19 @@ def test_what_is_not_a_number_in_the_past_reaches_the_result(
     assert result[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_a_query_that_is_no_number_spoils_its_own_head_alone(
+    kernels: str, quantize: str, dtype: torch.dtype
+) -> None:
+    it = Sequences([(100, 2), (100, 1)], (8, 2), (32, 32), dtype, 1, quantize)
+    it.queries[0][1, 5, 3] = float("nan")
+    result = it.attend(FULL, CallSettings(1.0))
+    assert result[1, 5].isnan().all()
+    result[1, 5] = 0
+    assert result.isfinite().all()
+
+
 def test_a_site_that_is_told_something_else_does_as_told(kernels: str) -> None:
     it = Sequences([(50, 1)], (4, 2), (32, 32), torch.float32, 1)
     for told in (
