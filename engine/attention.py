@@ -3,7 +3,8 @@
 transformers hands every attention call to a function chosen by name. Ours writes the new keys
 and values into the lease's blocks and attends to what each sequence has there, so one flat batch
 of tokens may belong to many sequences at different positions. Runs of a few tokens are attended by
-`engine.kernels`, straight over the blocks; long ones, and all where there are no kernels, by torch.
+`engine.kernels`, straight over the blocks; long ones, and all where there are no kernels, by torch
+(`engine.torch_attention`).
 Causality and windows follow from positions, by the rule that `engine.masks` learnt for each call.
 Knows no architecture; that rule and what it is told per call (scale, soft cap, sinks) is all that
 differs between them.
@@ -18,21 +19,17 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from engine.kernels import attention as kernels
 from engine.kv import BlockCache, KvSpan, Site, SiteShape, span_of, token_slots
 from engine.masks import FULL, MaskFunction, MaskNotes, Rule
+from engine.torch_attention import Visible, attend_sequence
 from proto.errors import ModelUnfit
 
 if TYPE_CHECKING:
     from engine.lora_layers import Adapter
 
 ATTENTION_NAME: Final = "comboio"
-
-# Scores of soft-capped or sink attention are made explicitly; queries go through in slices such
-# that one slice's scores stay below 64 MiB of float32, whatever the context.
-MAX_SCORES: Final = 16 * 2**20
 
 # What model code passes along that changes nothing here: inference only, positions are known.
 _WITHOUT_EFFECT: Final = frozenset(
@@ -87,6 +84,12 @@ class CallSettings:
             and self.softcap == other.softcap
             and self.sinks is other.sinks
         )
+
+    def of(self, heads: slice) -> CallSettings:
+        """The same for some of the heads."""
+        if self.sinks is None:
+            return self
+        return CallSettings(self.scale, self.softcap, self.sinks[heads])
 
 
 @dataclass(slots=True)
@@ -346,91 +349,31 @@ def _attend_run(
     rule: Rule,
     settings: CallSettings,
 ) -> None:
-    """One run by torch: queries (heads, n, key_size) into `out` (n, heads, value_size)."""
+    """One run by torch: queries (heads, n, key_size) into `out` (n, heads, value_size).
+
+    Some heads at a time where what is read is widened, so that no more than a part of it is.
+    """
     assert step.cache is not None
     run = step.runs[number]
     first = rule.first_visible(run.start)
-    past_keys, past_values = step.cache.read(site, step.span(number, first))
-    keys, values = past_keys.transpose(0, 1), past_values.transpose(0, 1)
-    if settings.softcap is not None or settings.sinks is not None:
-        visible = Visible(rule, first, run.start)
-        result = _attend_explicitly(queries, keys, values, visible, settings)
-    elif run.num_tokens == 1:
-        result = _attend_from_one(queries, keys, values, settings.scale)
-    else:
-        whole = run.start == 0 and rule == FULL
-        result = scaled_dot_product_attention(
-            queries[None],
-            keys[None],
-            values[None],
-            attn_mask=None if whole else step.mask(number, rule, queries.dtype),
-            is_causal=whole,
-            scale=settings.scale,
-            enable_gqa=queries.shape[0] > keys.shape[0],
-        )[0]
-    out.copy_(result.transpose(0, 1))
-
-
-@dataclass(frozen=True, slots=True)
-class Visible:
-    """Which of the positions from `first` on each query from `start` on may see."""
-
-    rule: Rule
-    first: int
-    start: int
-
-    def mask(self, low: int, high: int, num_keys: int, device: torch.device) -> Tensor:
-        """Boolean (high - low, num_keys): what queries low..high of the run see."""
-        positions = torch.arange(self.start + low, self.start + high, device=device)
-        others = torch.arange(self.first, self.first + num_keys, device=device)
-        return self.rule.visible(positions[:, None], others[None, :])
-
-
-def _attend_from_one(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """A lone token sees all that was read. The heads that share keys become queries of one head:
-    no keys are repeated."""
-    heads, kv_heads = queries.shape[0], keys.shape[0]
-    folded = queries.reshape(kv_heads, heads // kv_heads, -1)
-    result = scaled_dot_product_attention(folded[None], keys[None], values[None], scale=scale)
-    return result[0].reshape(heads, 1, -1)
-
-
-def _attend_explicitly(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    visible: Visible,
-    settings: CallSettings,
-) -> Tensor:
-    """Attention with a soft cap or sinks, softmax in float32, in slices of queries.
-
-    One sequence: queries (heads, n, key_size), keys and values (kv_heads, s, size); returns
-    (heads, n, value_size).
-    """
-    scale, softcap, sinks = settings.scale, settings.softcap, settings.sinks
-    heads, num_queries, _ = queries.shape
-    kv_heads, num_keys, _ = keys.shape
-    group = heads // kv_heads
-    rows = max(1, MAX_SCORES // (heads * num_keys))
-    parts = []
-    for low in range(0, num_queries, rows):
-        high = min(low + rows, num_queries)
-        part = queries[:, low:high].reshape(kv_heads, group * (high - low), -1)
-        scores = torch.matmul(part, keys.transpose(1, 2)) * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.view(heads, high - low, num_keys).float()
-        if num_queries > 1:  # a lone query sees all: the span was cut for its position
-            mask = visible.mask(low, high, num_keys, queries.device)
-            scores = scores.masked_fill(~mask, float("-inf"))
-        if sinks is not None:
-            sink = sinks.float().view(heads, 1, 1).expand(heads, high - low, 1)
-            weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-        else:
-            weights = torch.softmax(scores, dim=-1)
-        weights = weights.to(values.dtype).view(kv_heads, group * (high - low), num_keys)
-        parts.append(torch.matmul(weights, values).view(heads, high - low, -1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    span, visible = step.span(number, first), Visible(rule, first, run.start)
+    is_plain = settings.softcap is None and settings.sinks is None
+    is_whole = is_plain and run.start == 0 and rule == FULL
+    has_mask = is_plain and not is_whole and run.num_tokens > 1
+    mask = step.mask(number, rule, queries.dtype) if has_mask else None
+    for low, high in step.cache.parts(site, span):
+        group = queries.shape[0] // step.cache.num_heads(site)
+        heads = slice(low * group, high * group)
+        keys, values = step.cache.read(site, span, slice(low, high))
+        result = attend_sequence(
+            queries[heads],
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
+            visible,
+            settings.of(heads),
+            mask,
+        )
+        out[:, heads].copy_(result.transpose(0, 1))
 
 
 def _refuse_mask(module: nn.Module) -> NoReturn:

@@ -30,6 +30,11 @@ QUANTIZATIONS: Final = ("none", "int8")
 # From here on a tensor has pages of its own; what is smaller is written in no time.
 LARGE_BYTES: Final = 2**20
 
+# Of one sequence's keys and values in 8 bits so many become wide at once, where torch attends: some
+# heads of a long text. A GPU has the room, and wants large operations.
+WIDENED_BYTES: Final = 8 * 2**20
+GPU_WIDENED_BYTES: Final = 256 * 2**20
+
 # Where one attention call reads and writes: (global layer index, how many calls came before it
 # within that layer). Almost every architecture calls attention once a layer.
 Site = tuple[int, int]
@@ -101,9 +106,23 @@ class BlockCache:
         self._keys[site].write(slots, keys)
         self._values[site].write(slots, values)
 
-    def read(self, site: Site, span: KvSpan) -> tuple[Tensor, Tensor]:
+    def num_heads(self, site: Site) -> int:
+        """Of its keys and values."""
+        return self._keys[site].numbers.shape[1]
+
+    def parts(self, site: Site, span: KvSpan) -> list[tuple[int, int]]:
+        """Which heads of a sequence to read together, such that few of them are widened at once."""
+        heads, (keys, values) = self.num_heads(site), self.tensors(site)
+        if self.scales(site) is None:
+            return [(0, heads)]
+        numbers = (keys.shape[2] + values.shape[2]) * (span.stop - span.start)
+        room = WIDENED_BYTES if keys.device.type == "cpu" else GPU_WIDENED_BYTES
+        together = max(1, min(heads, room // (numbers * self.dtype.itemsize)))
+        return [(low, min(low + together, heads)) for low in range(0, heads, together)]
+
+    def read(self, site: Site, span: KvSpan, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The (tokens, heads, size) keys and values of one sequence; a view where it can be."""
-        return self._keys[site].read(span), self._values[site].read(span)
+        return self._keys[site].read(span, heads), self._values[site].read(span, heads)
 
 
 class _PlainRows:
@@ -119,10 +138,11 @@ class _PlainRows:
     def write(self, slots: Tensor, rows: Tensor) -> None:
         self.numbers.index_copy_(0, slots, rows)
 
-    def read(self, span: KvSpan) -> Tensor:
+    def read(self, span: KvSpan, heads: slice) -> Tensor:
+        numbers = self.numbers[:, heads]
         if span.rows is None:
-            return self.numbers[span.start : span.stop]
-        return self.numbers.index_select(0, span.rows)
+            return numbers[span.start : span.stop]
+        return numbers.index_select(0, span.rows)
 
 
 class _Int8Rows:
@@ -143,17 +163,18 @@ class _Int8Rows:
         self.numbers.index_copy_(0, slots, numbers)
         self.scales[slots // BLOCK_TOKENS, :, slots % BLOCK_TOKENS] = scales
 
-    def read(self, span: KvSpan) -> Tensor:
+    def read(self, span: KvSpan, heads: slice) -> Tensor:
+        numbers, scales = self.numbers[:, heads], self.scales[:, heads]
         if span.rows is not None:
-            scales = self.scales[span.rows // BLOCK_TOKENS, :, span.rows % BLOCK_TOKENS]
-            return widened(self.numbers.index_select(0, span.rows), scales, self._dtype)
+            chosen = scales[span.rows // BLOCK_TOKENS, :, span.rows % BLOCK_TOKENS]
+            return widened(numbers.index_select(0, span.rows), chosen, self._dtype)
         first = span.start // BLOCK_TOKENS
-        blocks = self.scales[first : -(-span.stop // BLOCK_TOKENS)]
-        scales = blocks.transpose(1, 2).flatten(0, 1)  # (tokens, heads)
+        blocks = scales[first : -(-span.stop // BLOCK_TOKENS)]
+        chosen = blocks.transpose(1, 2).flatten(0, 1)  # (tokens, heads)
         before = first * BLOCK_TOKENS
         return widened(
-            self.numbers[span.start : span.stop],
-            scales[span.start - before : span.stop - before],
+            numbers[span.start : span.stop].contiguous(),  # torch widens nothing else fast
+            chosen[span.start - before : span.stop - before],
             self._dtype,
         )
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from engine import attention
+from engine import attention, kv, torch_attention
 from engine.attention import StageRun, StepContext, block_attention, block_mask, slots_of
 from engine.kv import BLOCK_TOKENS, BlockCache, SiteShape
 from engine.kv_quantize import quantized, widened
@@ -113,7 +113,8 @@ def test_steps_over_blocks_equal_the_formula(
     out: list[list[Tensor]] = [[] for _ in lengths]
     edges = sorted({0, *cuts, 40})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "MAX_SCORES", scores)
+        patch.setattr(torch_attention, "MAX_SCORES", scores)
+        patch.setattr(kv, "WIDENED_BYTES", scores)
         for low, high in pairwise(edges):
             part = [(i, low, min(high, n)) for i, n in enumerate(lengths) if low < n]
             if not part:
