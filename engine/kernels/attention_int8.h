@@ -98,6 +98,22 @@ TARGET static void quantize(const Attention *all, const Run *run) {
     }
 }
 
+#if defined(LANES_NEON)
+/* As many of these numbers as fill whole vectors of bytes become float32; returns how many. */
+LANE_FUNCTION int64_t widen_bytes(float *to, const int8_t *from, int64_t size) {
+    int64_t at = 0;
+    for (; at + 16 <= size; at += 16) {
+        int8x16_t x = vld1q_s8(from + at);
+        int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_high_s8(x);
+        vst1q_f32(to + at, vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))));
+        vst1q_f32(to + at + 4, vcvtq_f32_s32(vmovl_high_s16(low)));
+        vst1q_f32(to + at + 8, vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))));
+        vst1q_f32(to + at + 12, vcvtq_f32_s32(vmovl_high_s16(high)));
+    }
+    return at;
+}
+#endif
+
 #if DOT_BFLOATS
 /* 32 numbers: every one of them is a bfloat16. */
 TARGET INLINE void widen_32(uint16_t *to, const void *from) {

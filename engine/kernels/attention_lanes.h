@@ -39,6 +39,9 @@ LANE_FUNCTION int make_workspace(Workspace *space, const Site *site, int64_t num
 /* `size` elements as float32, filled up with zeros to `padded(size)`. */
 LANE_FUNCTION void widen(float *to, const void *from, int64_t size, int dtype) {
     int64_t at = 0;
+#if defined(LANES_NEON)
+    if (dtype == I8) at = widen_bytes(to, from, size);
+#endif
     for (; at + LANES <= size; at += LANES) store(to, at, load(from, at, dtype), F32);
     if (at < size) {
         store(to, at, load_part(from, at, size - at, dtype), F32);

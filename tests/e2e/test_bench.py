@@ -64,6 +64,10 @@ def test_a_llama_server_that_is_up_is_measured_alone_and_against(call, workers, 
         (("--trace", "t.json"), "--trace"),
         (("--server", "127.0.0.1:9", "--against", "transformers"), "--against URL"),
         (("--quantize", "int4", "--workers", "127.0.0.1:9"), "--quantize int4"),
+        (
+            ("--kv-quantize", "int8", "--workers", "127.0.0.1:9"),
+            "--kv-quantize int8 is for workers",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(call, words, said):
