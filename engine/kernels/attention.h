@@ -2,9 +2,10 @@
  *
  * A token's slot is block * 16 + offset; a site's keys are [slot][kv head][key_size], its values
  * [slot][kv head][value_size]. In 8 bits each token and head has a scale, [block][kv head][offset]
- * in bfloat16, so that those of a block are side by side where they are needed. The context of a run is cut at multiples of STRETCH_TOKENS into
- * stretches, each of which gives a partial softmax (sums, their largest score, their weight); what
- * a run gets depends on its own length alone, neither on its neighbours nor on the threads.
+ * in bfloat16, so that those of a block are side by side where they are needed. The context of a
+ * run is cut at multiples of STRETCH_TOKENS into stretches, each of which gives a partial softmax
+ * (sums, their largest score, their weight); what a run gets depends on its own length alone,
+ * neither on its neighbours nor on the threads.
  */
 #ifndef COMBOIO_ATTENTION_H
 #define COMBOIO_ATTENTION_H

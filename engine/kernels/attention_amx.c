@@ -2,10 +2,10 @@
  * is goes to AVX-512.
  *
  * Keys and values go into tiles as they lie in their blocks; of those in 8 bits,
- * attention_amx_int8.h. Keys times queries are scores by [token][row], so each lane of a vector is a
- * row of its own and no softmax goes across lanes; where a KV head has few rows, several heads share
- * the 16 lanes. The instruction adds up products of neighbours: of two columns of a key, as it
- * should, but of two columns of a value as well. So values meet the weights twice, once with a 0
+ * attention_amx_int8.h. Keys times queries are scores by [token][row], so each lane of a vector is
+ * a row of its own and no softmax goes across lanes; where a KV head has few rows, several heads
+ * share the 16 lanes. The instruction adds up products of neighbours: of two columns of a key, as
+ * it should, but of two columns of a value as well. So values meet the weights twice, once with a 0
  * behind every weight and once with a 0 before it: the even columns, and the odd ones.
  */
 #include "native.h"
@@ -126,8 +126,8 @@ TARGET static void all_scores(const Room *room, const Memory *memory, int64_t he
     }
 }
 
-/* 16 tokens' words [token][lane] to [lane][token]: their upper halves, lower ones in `to`, once more
- * as they are behind it. */
+/* 16 tokens' words [token][lane] to [lane][token]: their upper halves, lower ones in `to`, once
+ * more as they are behind it. */
 TARGET INLINE void turn_apart(const __m512i x[16], uint32_t *to) {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
     __m512i turned[16];

@@ -7,7 +7,7 @@
 #include "tiles.h"
 
 /* Of a tile of 16 rows. */
-enum { TILE_BYTES = 1024, TILE_HALVES = TILE_BYTES / 2 };
+enum { TILE_BYTES = 1024 };
 /* Columns that one tile has of bfloat16. */
 enum { TILE_COLUMNS = 32 };
 /* Heads with fewer rows than this leave the tiles mostly empty. */

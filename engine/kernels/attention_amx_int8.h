@@ -3,9 +3,9 @@
  * Keys go into tiles as they lie. A query becomes whole numbers of 15 bits, of which a key is
  * multiplied with the upper and the lower 8 one after the other: products and sums are exact, and a
  * query's own rounding, 1/32512 of its largest number, is far below that of bfloat16. Values meet
- * weights, which have no common scale, so they become bfloat16 in the first-level cache, a tile at a
- * time; in such order that a product adds up two tokens. The scales of tokens are factors of scores
- * and weights.
+ * weights, which have no common scale, so they become bfloat16 in the first-level cache, a tile at
+ * a time, in such order that a product adds up two tokens. The scales of tokens are factors of
+ * scores and weights.
  */
 #include "attention_amx.h"
 

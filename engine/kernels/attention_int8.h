@@ -2,9 +2,9 @@
  *
  * A token's head is whole numbers from -127 to 127 and one scale, the largest magnitude over 127 in
  * bfloat16. The numbers are divided by the scale as it is kept, so that its own rounding only makes
- * the grid a little coarser or finer, and bfloat16's range holds for any model. A head with a number
- * that is none has a scale that is none: whoever judges a step by its result finds it. What is
- * written here is, to the last bit, what engine/kv_quantize.py writes.
+ * the grid a little coarser or finer, and bfloat16's range holds for any model. A head with a
+ * number that is none has a scale that is none: whoever judges a step by its result finds it. What
+ * is written here is, to the last bit, what engine/kv_quantize.py writes.
  */
 #include "attention.h"
 

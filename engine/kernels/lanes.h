@@ -3,8 +3,8 @@
  *
  * Arithmetic is the compiler's vector extension; here is only what has no operator: conversions,
  * the exponential and its kin, sums across lanes. Memory holds float32, bfloat16, float16 or whole
- * numbers of 8 bits, which are only read; numbers in registers are float32. Where a function takes a `dtype`, it is a constant after
- * inlining.
+ * numbers of 8 bits, which are only read; numbers in registers are float32. Where a function takes
+ * a `dtype`, it is a constant after inlining.
  */
 #include "native.h"
 
