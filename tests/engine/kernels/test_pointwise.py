@@ -28,19 +28,19 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def close(result: Tensor, expected: Tensor) -> bool:
-    """Equal but for the last bit, which a few numbers may have otherwise."""
+def close(result: Tensor, expected: Tensor, roundings: int = 1) -> bool:
+    """Equal but for the last bit, which a few numbers may have otherwise at each rounding."""
     assert result.dtype == expected.dtype
-    tolerance = CLOSE[result.dtype]
+    tolerance = CLOSE[result.dtype] * roundings
     return torch.allclose(
         result.float(), expected.float(), rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True
     )
 
 
 def mostly_equal(result: Tensor, expected: Tensor) -> bool:
-    """Rounded at the same places: nearly every number is the same bit for bit."""
+    """Rounded at the same two places: nearly every number is the same bit for bit."""
     different = int((result != expected).sum())
-    return close(result, expected) and different <= 2 + result.numel() // 50
+    return close(result, expected, roundings=2) and different <= 2 + result.numel() // 50
 
 
 @several
