@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from engine import lean_imports
 from engine.checkpoint import Checkpoint
 from engine.foreign_code import first_line
 from engine.json_file import shown
@@ -102,7 +105,7 @@ class Architecture:
         config = copy.deepcopy(self.config)
         config.use_cache = False
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutValues():
                 model = self.model_class._from_config(
                     config, attn_implementation=attention, dtype=dtype
                 )
@@ -116,6 +119,24 @@ class Architecture:
         return model.eval()
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out the drawing of first values for what has no memory: it is work all the same."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
     """Find transformers' class for a checkpoint's language model.
 
@@ -123,6 +144,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         ModelError: the config is not of a decoder that transformers knows, or of a kind that
             cannot be split.
     """
+    lean_imports.prepare()
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from engine import lean_imports
 from manager.adapter_book import spawned_adapters
 from manager.event_log import EventLog
 from manager.event_loop import in_background
@@ -104,6 +105,7 @@ async def open_pipeline(
         trace: told when each step was where, instead of the file that `config` names.
         on_chain: told of each loss, and None when requests go on.
     """
+    lean_imports.allow()
     recovery = _recovery(config)
     async with _workers(config, notices, adapters) as workers:
         from manager.pipeline import Pipeline

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import click
 
+from engine import lean_imports
 from manager.tables import size, table
 from proto.errors import UsageError
 
@@ -90,6 +91,7 @@ def plan(
     """Show how a model would be cut into sections, and how to start the workers."""
     if context is not None and context < 1:
         raise UsageError(f"--context {context}: reckon with at least 1 token.")
+    lean_imports.allow()
     made = make_plan(
         model,
         sections,

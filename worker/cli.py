@@ -19,6 +19,7 @@ from typing import Final, NoReturn
 import click
 from click.core import ParameterSource
 
+from engine import lean_imports
 from proto.adapter_name import split_adapters
 from proto.address import Address
 from proto.cores import cores_each
@@ -56,6 +57,8 @@ from worker.config import (
 
 # What only makes sense typed by a person at the moment.
 NOT_SETTINGS: Final = frozenset({"help", "version", "debug"})
+# What transformers imports where it is, and no worker has a use for.
+NOT_NEEDED: Final = ("accelerate", "PIL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,7 @@ def _main(args: list[str] | None) -> int:
     if not isinstance(invocation, Invocation):  # --help or --version answered
         return invocation
     logs.set_up(invocation.log_level, invocation.log_format)
+    lean_imports.allow(*NOT_NEEDED)
     from worker.server import run  # torch is imported later still, once the port is bound
 
     return run(invocation.config)

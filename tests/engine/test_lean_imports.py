@@ -1,0 +1,129 @@
+"""A worker does without what training, sharding and compiling need, until somebody asks for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from engine.lean_imports import SymbolicShapes
+from tests.support.processes import READY, ROOT, clean_environment
+
+HEAVY = (
+    "accelerate",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.onnx",
+)
+# What is there for good; a stand-in is a module of another type.
+LOADED = """
+import json, sys, types
+def loaded(names):
+    return [it for it in names if type(sys.modules.get(it)) is types.ModuleType]
+"""
+
+
+def script(code: str, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LOADED + code, *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=clean_environment(),
+    )  # fmt: skip
+
+
+def said(code: str, *args: str) -> Any:
+    process = script(code, *args)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_a_worker_that_has_checked_its_layers_has_loaded_nothing_for_training_or_compiling():
+    worker = script(
+        "import atexit\n"
+        "from worker.cli import main\n"
+        f"atexit.register(lambda: print(json.dumps(loaded(['torch', *{HEAVY}]))))\n"
+        "main(sys.argv[1:])\n",
+        *("--listen", "127.0.0.1:0", "--dtype", "bfloat16", "--quantize", "int4", "--no-cache"),
+    )
+    assert worker.stdout is not None
+    ready = worker.stdout.readline()
+    worker.send_signal(signal.SIGTERM)
+    out, err = worker.communicate(timeout=120)
+    assert READY.match(ready), err
+    assert json.loads(out) == ["torch"]
+
+
+def test_what_was_put_off_is_there_once_it_is_asked_for():
+    before, after, compiled, algebra, shape = said(
+        """
+from engine import lean_imports
+lean_imports.allow()
+lean_imports.prepare()
+import torch
+
+@torch.compiler.disable
+def plain(x):
+    return x + 1
+
+@torch._dynamo.allow_in_graph
+def marked(x):
+    return plain(x) * 2
+
+names = ["torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes"]
+before = loaded(names)
+twice = torch.compile(lambda x: marked(x) * 2, backend="eager")
+compiled = twice(torch.ones(1)).item()
+import sympy
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._dynamo.trace_rules import is_callable_allowed
+symbol = sympy.Symbol("a") + sympy.Symbol("a")
+shape = isinstance(symbol, sympy.Basic) and is_callable_allowed(marked) and bool(ShapeEnv())
+print(json.dumps([before, loaded(names), compiled, str(symbol), shape]))
+"""
+    )
+    assert before == []
+    assert after == ["torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes"]
+    assert (compiled, algebra, shape) == (8.0, "2*a", True)
+
+
+def test_with_a_torch_that_it_was_not_tried_with_nothing_stands_aside():
+    assert said(
+        """
+from engine import lean_imports
+lean_imports.KNOWN_VERSIONS["torch"] = ("1.0",)
+lean_imports.allow("accelerate")
+lean_imports.prepare()
+from transformers.utils import is_torch_distributed_available
+import torch
+aside = [it for it in sys.modules.values() if it is None or isinstance(it, lean_imports.Later)]
+print(json.dumps([len(aside), is_torch_distributed_available()]))
+"""
+    ) == [0, importlib.import_module("torch.distributed").is_available()]
+
+
+@pytest.mark.filterwarnings("ignore:guard_size_oblivious:FutureWarning")
+@pytest.mark.parametrize("name", SymbolicShapes.ANSWERS)
+def test_of_plain_numbers_the_stand_in_says_what_torch_says(name):
+    theirs = getattr(importlib.import_module("torch.fx.experimental.symbolic_shapes"), name)
+    ours = getattr(SymbolicShapes(), name)
+    plain = [True, False, 0, 1, 7, (2, 3), (2, (3, 4)), ()]
+    for given in [(one,) for one in plain] + [(one, other) for one in plain for other in plain]:
+        assert outcome(ours, given) == outcome(theirs, given), given
+
+
+def outcome(function: Any, given: tuple[Any, ...]) -> Any:
+    try:
+        return function(*given)
+    except (AssertionError, TypeError):
+        return "refused"
