@@ -6,7 +6,9 @@ model: the size of a block comes from the caller.
 
 from __future__ import annotations
 
+import ctypes
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -104,6 +106,23 @@ def peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     return int(peak[1]) * 1024 if peak else int(psutil.Process().memory_info().rss)
+
+
+def give_back() -> None:
+    """Return to the system what was freed and is kept in reserve; does nothing without glibc."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def _find_malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return None
+    return found
+
+
+_malloc_trim: Final = _find_malloc_trim()
 
 
 def gpu(device_name: str) -> Gpu | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 
+import psutil
 import pytest
 
 from worker import compute
@@ -85,4 +87,25 @@ async def test_a_full_queue_takes_no_more(thread: Compute, monkeypatch: pytest.M
     sign.set()
     await asyncio.wait_for(second.finished.wait(), 10)
     assert thread.submit(Recorded([]))
+    assert await thread.stop(10)
+
+
+async def test_memory_that_work_freed_is_given_back_to_the_system(
+    thread: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("needs glibc")
+    monkeypatch.setattr(compute, "GIVE_BACK_AFTER_S", 0.0)
+    process = psutil.Process()
+    kept, held = list[bytearray](), list[int]()
+
+    def leave_holes() -> None:
+        # Each of a size that is not mapped by itself; each tenth stays, so the heap cannot shrink.
+        blocks = [bytearray(b"x" * 100_000) for _ in range(1000)]
+        held.append(process.memory_info().rss)
+        kept.extend(blocks[::10])
+
+    await thread.call(leave_holes)
+    await thread.call(lambda: None)  # begins once the thread has given back
+    assert process.memory_info().rss < held[0] - 50_000_000
     assert await thread.stop(10)
