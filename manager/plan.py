@@ -17,8 +17,9 @@ from engine import lean_imports
 from manager.tables import size, table
 from proto.errors import UsageError
 
-# A worker without a model: Python, torch for the CPU and transformers, as its RSS shows.
-PROCESS_BYTES: Final = 400 * 10**6
+# A worker without a model, 300 MB: Python, torch for the CPU and transformers, as its RSS shows.
+# The rest is what a step of 256 tokens takes for a while.
+PROCESS_BYTES: Final = 350 * 10**6
 
 # Without --context: what most conversations need, or all that the model can.
 DEFAULT_CONTEXT: Final = 4096

@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 # A well-behaved manager has at most one step per stage and one more in flight, and a model of 126
 # layers has at most 126 stages; a few managers at once fit.
 MAX_UNFINISHED: Final = 1024
-# After so much work. A chunk of 256 tokens leaves some 40 MB behind, and to give them back and to be
-# given them again takes 10 ms; a decode step leaves next to nothing.
+# After so much work. A chunk of 256 tokens leaves some 40 MB behind: to return them and to be given
+# them again takes 10 ms. A decode step leaves next to nothing.
 GIVE_BACK_AFTER_S: Final = 0.25
 
 

@@ -26,7 +26,7 @@ GPU_SHARE: Final = 0.7
 # Of what a worker could have, KV and activations get at least so much when it takes other layers.
 LEAST_KV_SHARE: Final = 0.1
 # A worker without a model: Python, torch for the CPU and transformers, as its RSS shows.
-PROCESS_BYTES: Final = 400 * 10**6
+PROCESS_BYTES: Final = 300 * 10**6
 MAX_BLOCKS: Final = 2**31 - 1  # block tables are int32
 
 
