@@ -22,9 +22,11 @@ import importlib
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_loader
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -49,6 +51,7 @@ def prepare() -> None:
     """Import transformers, leanly where that is allowed and known to work."""
     if _is_allowed and "transformers" not in sys.modules and _are_known_versions():
         _hide(_not_needed)
+        sys.meta_path.insert(0, _FilesOfLater())
         for later in (Sympy(), SymbolicShapes(), Dynamo()):
             later.stand_aside()
         _do_without_distributed()
@@ -84,17 +87,15 @@ def _do_without_distributed() -> None:
 
 
 class Later(ModuleType):
-    """Stands for a module until something is asked of it that it cannot answer.
+    """A module that is there, and is not run until something is asked of it that it cannot answer.
 
-    Then the real one is imported, in its place. Subclasses have what can be answered as attributes.
+    Then it becomes an ordinary module: the same object, so whoever imported it has the whole of it.
+    What can be answered before stands in subclasses.
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, f"{name}, which is imported when it is used.")
-        self._folders: list[str] | None = None  # of a package
-        self._real: Any = None
-        self._is_importing = False
-        self._lock = threading.RLock()
+        super().__init__(name)
+        self.__spec__ = None
 
     def stand_aside(self) -> None:
         """Have importing the module give this, unless it was imported before or is not there."""
@@ -102,42 +103,67 @@ class Later(ModuleType):
         spec = None if name in sys.modules else find_spec(name)
         if spec is None:
             return
-        self.__spec__, self.__file__ = spec, spec.origin
-        self._folders = spec.submodule_search_locations
+        self.__spec__, self.__loader__, self.__package__ = spec, spec.loader, spec.parent
+        self.__file__ = spec.origin
+        if spec.submodule_search_locations is not None:
+            self.__path__ = spec.submodule_search_locations
         sys.modules[name] = self
         package, _, leaf = name.rpartition(".")
         if package:
             setattr(importlib.import_module(package), leaf, self)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the real one has."""
-        # Some look at every module that there is, and ask for names like __wrapped__. Who asks a
-        # package for its path is about to import a file of it.
-        if name.startswith("__") and not (name == "__path__" and self._folders):
+        """Whatever the module has once it was run."""
+        # Some look at every module that there is, and ask for names like __wrapped__.
+        if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        return getattr(self.real(), name)
+        return getattr(self.whole(), name)
 
-    def real(self) -> Any:
-        """The real module, imported by now."""
-        with self._lock:
-            if self._is_importing:  # what it imports looks back
-                return sys.modules[self.__name__]
-            if self._real is None:
-                self._is_importing = True
-                try:
-                    self._real = self._imported()
-                finally:
-                    self._is_importing = False
-            return self._real
+    def whole(self) -> Any:
+        """The module, run by now."""
+        with _running:
+            if _is_aside(self):
+                self._run()
+        return self
 
-    def _imported(self) -> Any:
-        name = self.__name__
-        package, _, leaf = name.rpartition(".")
-        if sys.modules.get(name) is self:
-            del sys.modules[name]
-        if package and vars(sys.modules[package]).get(leaf) is self:
-            delattr(sys.modules[package], leaf)
-        return importlib.import_module(name)  # puts itself into its package as well
+    def _run(self) -> None:
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        assert self.__spec__ is not None and self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
+
+
+_running: Final = threading.RLock()
+
+
+def _is_aside(module: ModuleType) -> bool:
+    return isinstance(module, Later)
+
+
+class _FilesOfLater(MetaPathFinder):
+    """Has a package run before the first of its files, as it would have been."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package = sys.modules.get(name.rpartition(".")[0])
+        if not isinstance(package, Later) or name == Dynamo.LEAF:
+            return None
+        package.whole()
+        there = sys.modules.get(name)  # as a rule it has imported the file itself
+        return None if there is None else spec_from_loader(name, _Given(there))
+
+
+class _Given(Loader):
+    """Gives a module that is there already to who is about to import it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
 
 
 class Sympy(Later):
@@ -205,17 +231,17 @@ class SymbolicShapes(Later):
         return super().__getattr__(name)
 
     def _answer(self, name: str, *numbers: Any, **settings: Any) -> Any:
-        are_right, answer = self.ANSWERS[name]
+        are_right, answer = SymbolicShapes.ANSWERS[name]
         if not settings and are_right(numbers):
             return answer(*numbers)
-        return getattr(self.real(), name)(*numbers, **settings)
+        return getattr(Later.whole(self), name)(*numbers, **settings)
 
 
 class Dynamo(Later):
     """Asked, while modules are imported, to mark functions for the day when they are compiled."""
 
     # The one file of it that is used without anything being compiled: masks are made with it.
-    LEAF: Final = "_trace_wrapped_higher_order_op"
+    LEAF: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 
     def __init__(self) -> None:
         super().__init__("torch._dynamo")
@@ -224,21 +250,17 @@ class Dynamo(Later):
     def stand_aside(self) -> None:
         """As `Later`."""
         super().stand_aside()
-        if self._folders is None:
-            return
-        self.__path__ = self._folders
-        try:
-            importlib.import_module(f"{self.__name__}.{self.LEAF}")
-        finally:
-            del self.__path__  # any other file of it brings all of it
+        importlib.import_module(self.LEAF)
+
+    # Who imported one of these before the module was run may call it afterwards.
 
     def disable(
         self, fn: Any = None, recursive: bool = True, *, reason: Any = None, wrapping: bool = True
     ) -> Any:
         """Mark a function that is never compiled."""
         words = {"recursive": recursive, "reason": reason, "wrapping": wrapping}
-        if self._real is not None or not (fn is None or isinstance(fn, FunctionType)):
-            return self.real().disable(fn, **words)
+        if fn is not None and not isinstance(fn, FunctionType):
+            return Later.whole(self).disable(fn, **words)
         if fn is None:
             return functools.partial(self.disable, **words)
         disabled: Callable[..., Any] | None = None
@@ -246,32 +268,30 @@ class Dynamo(Later):
         @functools.wraps(fn)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal disabled
-            if self._real is None:  # nothing is compiled yet
+            if _is_aside(self):  # nothing is compiled yet
                 return fn(*args, **kwargs)
             if disabled is None:
-                disabled = self._real.disable(fn, **words)
+                disabled = self.disable(fn, **words)
             return disabled(*args, **kwargs)
 
         return call
 
     def allow_in_graph(self, fn: Any) -> Any:
         """Mark a function that is compiled as one operation."""
-        return self._mark("allow_in_graph", fn)
+        return Dynamo._mark(self, "allow_in_graph", fn)
 
     def assume_constant_result(self, fn: Any) -> Any:
         """Mark a function that always answers the same."""
-        return self._mark("assume_constant_result", fn)
+        return Dynamo._mark(self, "assume_constant_result", fn)
 
     def _mark(self, how: str, fn: Any) -> Any:
-        if self._real is not None:
-            return getattr(self._real, how)(fn)
+        if not _is_aside(self):
+            return getattr(self, how)(fn)
         self._marked.append((how, fn))
         return fn
 
-    def _imported(self) -> Any:
-        real = super()._imported()
-        importlib.import_module(f"{self.__name__}.{self.LEAF}")
-        setattr(real, self.LEAF, sys.modules[f"{self.__name__}.{self.LEAF}"])
-        for how, fn in self._marked:
-            getattr(real, how)(fn)
-        return real
+    def _run(self) -> None:
+        marked = self.__dict__.pop("_marked")
+        super()._run()
+        for how, fn in marked:
+            getattr(self, how)(fn)
