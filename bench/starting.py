@@ -3,7 +3,7 @@
     python bench/starting.py [--bits bf16,int8,int4] [--quick]
 
 - start: worker 0 of 2, from its start to its ready line, against reading as many bytes of the same
-  file (`head -c`, from the page cache) plus importing what a worker imports. Quantized weights come
+  file (`head -c`, from the page cache) plus importing torch and transformers. Quantized weights come
   from the worker's cache, as in every start but the first.
 - packing: what a start takes longer when it packs (`--no-cache`) than when it holds the weights as
   they are, per GB of the checkpoint's 16-bit bytes.
@@ -37,7 +37,7 @@ from proto.errors import Error
 START_TARGET, PACKING_TARGET, MEMORY_TARGET = 1.5, 2.0, 400.0
 STREAMS, PROMPT_TOKENS, NEW_TOKENS = 8, 39, 64
 NO_CACHE: Final = ("--no-cache",)
-# What a worker has imported when it begins to load.
+# torch, transformers and the model's class, left to themselves; a worker imports less of them.
 IMPORT: Final = """
 import sys, worker.service, worker.loading, engine.stage
 from engine.architecture import read_architecture

@@ -158,14 +158,18 @@ class ForkedWorker:
 def _main() -> None:
     """The nursery: one question a line on stdin, one answer a line on stdout."""
     import torch
-    import transformers
-    from transformers.models.llama import modeling_llama
 
     import engine.stage
     import worker.server
     import worker.service
+    from engine import lean_imports
+    from worker.cli import NOT_NEEDED
 
-    assert torch and transformers and modeling_llama and engine and worker
+    lean_imports.allow(*NOT_NEEDED)
+    lean_imports.prepare()
+    from transformers.models.llama import modeling_llama
+
+    assert torch and modeling_llama and engine and worker
     alive: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
