@@ -3,8 +3,8 @@
     python bench/starting.py [--bits bf16,int8,int4] [--quick]
 
 - start: worker 0 of 2, from its start to its ready line, against reading as many bytes of the same
-  file (`head -c`, from the page cache) plus importing torch and transformers. Quantized weights come
-  from the worker's cache, as in every start but the first.
+  file (`head -c`, from the page cache) plus importing torch and transformers. Quantized weights are
+  in the worker's cache, as in every start but the first.
 - packing: what a start takes longer when it packs (`--no-cache`) than when it holds the weights as
   they are, per GB of the checkpoint's 16-bit bytes.
 - memory: the peak of each of two workers since it started, packing included and 8 streams of 104

@@ -103,6 +103,27 @@ print(json.dumps([before, loaded(names), compiled, str(symbol), same]))
     assert (compiled, algebra, same) == (8.0, "2*a", [True] * 5)
 
 
+def test_transformers_knows_the_same_classes_as_ever():
+    assert (
+        said(
+            """
+from engine import lean_imports
+lean_imports.allow()
+lean_imports.prepare()
+import transformers.models
+from transformers.utils.import_utils import _LazyModule, define_import_structure
+path = transformers.models.__file__
+whole = _LazyModule("transformers.models", path, define_import_structure(path))
+same = vars(transformers.models)
+names = ["_class_to_module", "_modules", "_object_missing_backend", "_import_structure"]
+equal = [vars(whole)[it] == same[it] for it in names]
+print(json.dumps([len(whole._class_to_module) > 1000, *equal]))
+"""
+        )
+        == [True] * 5
+    )
+
+
 def test_with_a_torch_that_it_was_not_tried_with_nothing_stands_aside():
     assert said(
         """
