@@ -22,15 +22,13 @@ import functools
 import importlib
 import operator
 import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib import metadata
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, spec_from_loader
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, Final
+
+from engine.later_module import FilesOfLater, Later, is_aside
 
 # Tried with these, and no others: all modeling files import, all architectures of the tests run.
 KNOWN_VERSIONS: Final = {"torch": ("2.13.",), "transformers": ("5.23.",)}
@@ -53,7 +51,7 @@ def prepare() -> None:
     """Import transformers, leanly where that is allowed and known to work."""
     if _is_allowed and "transformers" not in sys.modules and _are_known_versions():
         _hide(_not_needed)
-        sys.meta_path.insert(0, _FilesOfLater())
+        sys.meta_path.insert(0, FilesOfLater())
         for later in (Sympy(), SymbolicShapes(), Dynamo()):
             later.stand_aside()
         _do_without_distributed()
@@ -112,86 +110,6 @@ def _read_files_once() -> None:
         importlib.import_module("transformers.models")
     finally:
         library.define_import_structure = read
-
-
-class Later(ModuleType):
-    """A module that is there, and is not run until something is asked of it that it cannot answer.
-
-    Then it becomes an ordinary module: the same object, so whoever imported it has the whole of it.
-    What can be answered before stands in subclasses.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__spec__ = None
-
-    def stand_aside(self) -> None:
-        """Have importing the module give this, unless it was imported before or is not there."""
-        name = self.__name__
-        spec = None if name in sys.modules else find_spec(name)
-        if spec is None:
-            return
-        self.__spec__, self.__loader__, self.__package__ = spec, spec.loader, spec.parent
-        self.__file__ = spec.origin
-        if spec.submodule_search_locations is not None:
-            self.__path__ = spec.submodule_search_locations
-        sys.modules[name] = self
-        package, _, leaf = name.rpartition(".")
-        if package:
-            setattr(importlib.import_module(package), leaf, self)
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever the module has once it was run."""
-        # Some look at every module that there is, and ask for names like __wrapped__.
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        return getattr(self.whole(), name)
-
-    def whole(self) -> Any:
-        """The module, run by now."""
-        with _running:
-            if _is_aside(self):
-                self._run()
-        return self
-
-    def _run(self) -> None:
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        assert self.__spec__ is not None and self.__spec__.loader is not None
-        self.__spec__.loader.exec_module(self)
-
-
-_running: Final = threading.RLock()
-
-
-def _is_aside(module: ModuleType) -> bool:
-    return isinstance(module, Later)
-
-
-class _FilesOfLater(MetaPathFinder):
-    """Has a package run before the first of its files, as it would have been."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package = sys.modules.get(name.rpartition(".")[0])
-        if not isinstance(package, Later) or name == Dynamo.LEAF:
-            return None
-        package.whole()
-        there = sys.modules.get(name)  # as a rule it has imported the file itself
-        return None if there is None else spec_from_loader(name, _Given(there))
-
-
-class _Given(Loader):
-    """Gives a module that is there already to who is about to import it."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module, self._spec = module, module.__spec__
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self._module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
 
 
 class Sympy(Later):
@@ -270,6 +188,7 @@ class Dynamo(Later):
 
     # The one file of it that is used without anything being compiled: masks are made with it.
     LEAF: Final = "torch._dynamo._trace_wrapped_higher_order_op"
+    alone = frozenset({LEAF})
 
     def __init__(self) -> None:
         super().__init__("torch._dynamo")
@@ -296,7 +215,7 @@ class Dynamo(Later):
         @functools.wraps(fn)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal disabled
-            if _is_aside(self):  # nothing is compiled yet
+            if is_aside(self):  # nothing is compiled yet
                 return fn(*args, **kwargs)
             if disabled is None:
                 disabled = self.disable(fn, **words)
@@ -313,7 +232,7 @@ class Dynamo(Later):
         return Dynamo._mark(self, "assume_constant_result", fn)
 
     def _mark(self, how: str, fn: Any) -> Any:
-        if not _is_aside(self):
+        if not is_aside(self):
             return getattr(self, how)(fn)
         self._marked.append((how, fn))
         return fn

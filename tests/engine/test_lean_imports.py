@@ -133,7 +133,8 @@ lean_imports.allow("accelerate")
 lean_imports.prepare()
 from transformers.utils import is_torch_distributed_available
 import torch
-aside = [it for it in sys.modules.values() if it is None or isinstance(it, lean_imports.Later)]
+from engine.later_module import Later
+aside = [it for it in sys.modules.values() if it is None or isinstance(it, Later)]
 print(json.dumps([len(aside), is_torch_distributed_available()]))
 """
     ) == [0, importlib.import_module("torch.distributed").is_available()]
