@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from engine.chunk_attention import attend_chunk
 from engine.kernels import attention as kernels
 from engine.kv import BlockCache, KvSpan, Site, SiteShape, span_of, token_slots
 from engine.masks import FULL, MaskFunction, MaskNotes, Rule
@@ -27,6 +29,7 @@ from engine.torch_attention import Visible, attend_sequence
 from proto.errors import ModelUnfit
 
 if TYPE_CHECKING:
+    from engine.decode_batch import DecodeBatch
     from engine.lora_layers import Adapter
 
 ATTENTION_NAME: Final = "comboio"
@@ -112,6 +115,7 @@ class StepContext:
     spans: dict[tuple[int, int], KvSpan] = field(default_factory=dict)
     masks: dict[tuple[int, Rule], Tensor] = field(default_factory=dict)
     packed: bytes | None = None  # the runs, as the kernels read them
+    batch: DecodeBatch | None = None  # the runs of one token, where they are attended at once
 
     def enter_layer(self, layer: int) -> None:
         """Note which layer's attention comes next."""
@@ -274,14 +278,21 @@ def attend(
         step.shapes[site] = SiteShape(kv_heads, keys.shape[2], value_size)
         return out.zero_()
     rule = step.rules[site]
-    by_kernels = kernels.can_attend(step.device) and _attend_short(
-        step, site, queries, keys, values, out, rule, settings
+    by_kernels = (
+        step.batch is None
+        and kernels.can_attend(step.device)
+        and _attend_short(step, site, queries, keys, values, out, rule, settings)
     )
     if not by_kernels:
         cache.write(site, step.new_slots(), keys, values)
-    row = 0
+    fewest, row = 1, 0  # tokens of a run that is left to do, and the first of its rows
+    if step.batch is not None:
+        step.batch.attend(cache, site, queries, out, rule, settings)
+        fewest = 2
+    elif by_kernels:
+        fewest = kernels.MAX_RUN_TOKENS + 1
     for number, run in enumerate(step.runs):
-        if run.num_tokens > kernels.MAX_RUN_TOKENS or not by_kernels:
+        if run.num_tokens >= fewest:
             _attend_run(
                 step,
                 site,
@@ -360,19 +371,22 @@ def _attend_run(
     is_plain = settings.softcap is None and settings.sinks is None
     is_whole = is_plain and run.start == 0 and rule == FULL
     has_mask = is_plain and not is_whole and run.num_tokens > 1
-    mask = step.mask(number, rule, queries.dtype) if has_mask else None
+    make_mask = partial(step.mask, number, rule, queries.dtype)
+    by_chunk = has_mask and step.device.type != "cpu"
+    mask = make_mask() if has_mask and not by_chunk else None
     for low, high in step.cache.parts(site, span):
         group = queries.shape[0] // step.cache.num_heads(site)
         heads = slice(low * group, high * group)
         keys, values = step.cache.read(site, span, slice(low, high))
-        result = attend_sequence(
-            queries[heads],
-            keys.transpose(0, 1),
-            values.transpose(0, 1),
-            visible,
-            settings.of(heads),
-            mask,
-        )
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        if by_chunk:
+            result = attend_chunk(
+                queries[heads], keys, values, make_mask, settings.scale, sees_all=rule == FULL
+            )
+        else:
+            result = attend_sequence(
+                queries[heads], keys, values, visible, settings.of(heads), mask
+            )
         out[:, heads].copy_(result.transpose(0, 1))
 
 

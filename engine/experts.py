@@ -9,6 +9,7 @@ its tokens are routed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -107,8 +108,27 @@ class PackedExperts(Packed):
         return self._came[leaf] < self.num_experts
 
     def matrices(self) -> list[PackedMatrix]:
-        """One for each stacked parameter."""
+        """One for each stacked parameter; one for each expert where they were converted."""
+        if not self._stacks:
+            return [it for leaf in self.packed_leaves for it in self._experts[leaf]]
         return [self._stacks[leaf] for leaf in self.packed_leaves]
+
+    def release(self) -> None:
+        """Let go of the weights; nothing can be computed any more."""
+        super().release()
+        for leaf in self.packed_leaves:
+            for it in self._experts[leaf]:
+                it.release()
+
+    def convert(self, convert: Callable[[PackedMatrix], PackedMatrix | None]) -> None:
+        """Put what `convert` makes of each expert in its place, unless it gives None for some."""
+        converted = {}
+        for leaf in self.packed_leaves:
+            found = [convert(it) for it in self._experts[leaf]]
+            if any(it is None for it in found):
+                return
+            converted[leaf] = [it for it in found if it is not None]
+        self._experts, self._stacks = converted, {}
 
     def all_came(self) -> None:
         """Note that the matrices are filled."""

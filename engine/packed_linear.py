@@ -53,10 +53,15 @@ class Packed(nn.Module):
         """Note that somebody else has filled the matrices."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Let go of the weights; nothing can be computed any more."""
+        for it in self.matrices():
+            it.release()
+
     @property
     def packed_bytes(self) -> int:
         """Held in memory by the matrices."""
-        return sum(it.data.numel() for it in self.matrices())
+        return sum(it.num_bytes for it in self.matrices())
 
 
 class PackedLinear(Packed):

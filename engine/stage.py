@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import attention
+from engine import attention, joined_linear
 from engine.adapter_places import Places
 from engine.architecture import (
     DTYPES,
@@ -28,6 +28,9 @@ from engine.architecture import (
 )
 from engine.attention import StageRun, StepContext
 from engine.checkpoint import Checkpoint
+from engine.decode_batch import DecodeBatch, batch_of
+from engine.decode_graphs import DecodeGraphs
+from engine.device_fitting import fit_steps, fit_weights
 from engine.foreign_code import first_line
 from engine.kernels import native
 from engine.kv import (
@@ -95,6 +98,9 @@ class Stage:
         self.kv_quantize = kv_quantize  # "none", or "int8": keys and values in 8 bits
         self.feeds_token_ids = feeds_token_ids  # this model's layers see the token ids as well
         self._model, self._conductor = model, conductor
+        # Where calls cost more than what they compute (`engine.device_fitting`):
+        self.attends_at_once = False  # from all sequences of a decode step
+        self.graphs: DecodeGraphs | None = None  # recorded decode steps
         self._shapes, self._rules = self._learn_attention()
         self.block_bytes = block_bytes(self._shapes, dtype, kv_quantize)
 
@@ -140,6 +146,12 @@ class Stage:
 
     def unload(self) -> None:
         """Free the weights; what is known of the stage stays, and nothing can be computed."""
+        self.graphs = None
+        joined_linear.release(self.modules())
+        for fused in self.packed.fused:
+            fused.matrix.release()
+        for module in self.packed.modules.values():
+            module.release()
         with torch.inference_mode():
             for tensor in (*self._model.parameters(), *self._model.buffers()):
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -170,16 +182,39 @@ class Stage:
         """
         for run in runs:
             check_table(run.blocks, run.stop, cache.num_blocks)
+        if self.graphs is not None:
+            played = self.graphs.forward(token_ids, hidden, runs, cache)
+            if played is not None:
+                return played
         context = StepContext(
             runs=runs,
             cache=cache,
             device=self.device,
             rules=self._rules,
+            batch=batch_of(runs, self.device) if self.attends_at_once else None,
             # Adapters are applied to the modules that transformers' layers call.
             plainly=any(run.adapter is not None for run in runs),
         )
         with applied([(run.adapter, run.num_tokens) for run in runs], self.device):
             return self._layers(token_ids, hidden, context)
+
+    def decode(
+        self, token_ids: Tensor, hidden: Tensor, batch: DecodeBatch, cache: BlockCache
+    ) -> Tensor:
+        """`forward` of one token of each sequence, of which only tensors on the device tell.
+
+        Args:
+            token_ids: (tokens,) int64, as everything else on `self.device`.
+        """
+        context = StepContext(
+            runs=(),
+            cache=cache,
+            device=self.device,
+            slots=batch.new_slots(),
+            rules=self._rules,
+            batch=batch,
+        )
+        return self._layers(token_ids, hidden, context)
 
     def logits(self, hidden: Tensor, adapters: Sequence[Adapter | None] = ()) -> Tensor:
         """Final norm and lm_head on what `forward` returned.
@@ -218,8 +253,11 @@ class Stage:
         return result[0]
 
     def _call(self, embeds: Tensor, token_ids: Tensor, context: StepContext) -> Any:
-        positions = [torch.arange(run.start, run.stop) for run in context.runs]
-        position_ids = torch.cat(positions).to(self.device).unsqueeze(0)
+        if context.batch is not None and context.batch.positions is not None:
+            position_ids = context.batch.positions.unsqueeze(0)
+        else:
+            positions = [torch.arange(run.start, run.stop) for run in context.runs]
+            position_ids = torch.cat(positions).to(self.device).unsqueeze(0)
         if self.feeds_token_ids:
             ids = token_ids.to(self.device).unsqueeze(0)
             return self._model(input_ids=ids, position_ids=position_ids, use_cache=False)
@@ -268,6 +306,7 @@ def load_stage(
     quantize_head: str = "auto",
     kv_quantize: str = "none",
     cache: PackedCache | None = None,
+    cuda_graphs: bool = True,
 ) -> Stage:
     """Load one section of a checkpoint, reading only that section's tensors.
 
@@ -285,6 +324,7 @@ def load_stage(
         quantize_head: the same for the lm_head: "auto", "int8", or "same" as the layers.
         kv_quantize: "none", "int8": how keys and values are rounded, as they are written.
         cache: where rounded weights are kept for the next start.
+        cuda_graphs: whether decode steps are recorded, on a GPU.
     Raises:
         ModelError: no checkpoint there, a damaged one, or one that cannot be split.
         SplitError: no such section.
@@ -301,7 +341,15 @@ def load_stage(
     attention.register()
     packing = choose_packing(quantize, quantize_head, chosen, where)
     loader = _Loader(
-        checkpoint, architecture, where, packing, kv_quantize, progress, staging, cache
+        checkpoint,
+        architecture,
+        where,
+        packing,
+        kv_quantize,
+        progress,
+        staging,
+        cache,
+        cuda_graphs,
     )
     make = partial(_make_stage, loader, chosen, (layers, sections, index))
     try:
@@ -327,6 +375,7 @@ class _Loader:
     progress: LoadProgress | None
     staging: Staging | None
     cache: PackedCache | None
+    cuda_graphs: bool
 
     def section(
         self, model: Any, conductor: Conductor, *, feeds_token_ids: bool
@@ -334,7 +383,7 @@ class _Loader:
         """Bring the section's weights in and put slots and stand-ins where the rest was.
 
         Returns:
-            Bytes held, where adapters can be applied, and what is packed.
+            Bytes held unpacked, where adapters can be applied, and what is packed.
         """
         path, layers = find_layers(model, self.architecture)
         plan = WeightPlan(model, self.architecture, self.checkpoint)
@@ -386,7 +435,7 @@ class _Loader:
         if shelf is not None:
             shelf.store()
         packed.finish()
-        return held + packed.packed_bytes
+        return held
 
 
 def _make_stage(
@@ -404,7 +453,8 @@ def _make_stage(
     conductor = Conductor(start, end, architecture.num_layers)
     try:
         held, places, packed = loader.section(model, conductor, feeds_token_ids=feeds_token_ids)
-        by_length(model)
+        num_by_length = by_length(model)
+        fit_weights(model, packed, dtype, loader.device)
         stage = Stage(
             checkpoint=checkpoint,
             architecture=architecture,
@@ -412,16 +462,17 @@ def _make_stage(
             conductor=conductor,
             device=loader.device,
             dtype=dtype,
-            stage_bytes=held,
+            stage_bytes=held + packed.packed_bytes,
             places=places,
             packed=packed,
             kv_quantize=loader.kv_quantize,
             feeds_token_ids=feeds_token_ids,
         )
         # In float32 people compare with transformers' own results, to the last bits.
-        if loader.device.type == "cpu" and (dtype != torch.float32 or stage.packing is not None):
+        if dtype != torch.float32 or stage.packing is not None:
             fit_layers(stage)
         check_stage(stage)
+        fit_steps(stage, cuda_graphs=loader.cuda_graphs, num_by_length=num_by_length)
     except (Error, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever foreign model code raises when it is run in part

@@ -36,6 +36,7 @@ from proto.tls import TlsFiles, tls_files
 from worker import logs
 from worker.config import (
     CACHE_BYTES,
+    CUDA_GRAPHS,
     DEFAULT_HOST,
     DEFAULT_PORT,
     DTYPES,
@@ -186,6 +187,13 @@ def _version() -> str:
     "almost twice the tokens, or four times those of float32.",
 )
 @click.option(
+    "--cuda-graphs",
+    default="auto",
+    show_default=True,
+    metavar="|".join(CUDA_GRAPHS),
+    help="On a GPU, record decode steps and play them again, where that computes the same.",
+)
+@click.option(
     "--cache-dir",
     metavar="DIR",
     help="Keep quantized weights here, so that the next start reads only them. "
@@ -267,6 +275,7 @@ def worker(
     quantize: str,
     quantize_head: str,
     kv_quantize: str,
+    cuda_graphs: str,
     cache_dir: str | None,
     cache_size: str | None,
     no_cache: bool,
@@ -316,6 +325,7 @@ def worker(
         quantize=quantize,
         quantize_head=quantize_head,
         kv_quantize=kv_quantize,
+        cuda_graphs=cuda_graphs,
         cache_dir=_cache_dir(context, cache_dir, no_cache=no_cache),
         cache_bytes=CACHE_BYTES if cache_size is None else parse_cache_size(cache_size),
         threads=threads,

@@ -26,6 +26,7 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("none", "int8", "int4")
 KV_QUANTIZATIONS: Final = ("none", "int8")
 HEADS: Final = ("auto", "int8", "same")
+CUDA_GRAPHS: Final = ("auto", "off")
 CACHE_BYTES: Final = 20 * 2**30
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
@@ -45,6 +46,7 @@ class WorkerConfig:
     quantize: str = "none"
     quantize_head: str = "auto"
     kv_quantize: str = "none"
+    cuda_graphs: str = "auto"  # "off": never
     cache_dir: Path | None = None  # for packed weights; None: keep none
     cache_bytes: int = CACHE_BYTES
     threads: int | None = None  # None: torch's own choice
@@ -75,6 +77,9 @@ class WorkerConfig:
         if self.kv_quantize not in KV_QUANTIZATIONS:
             choices = ", ".join(KV_QUANTIZATIONS)
             raise UsageError(f"--kv-quantize {self.kv_quantize}: it must be one of {choices}.")
+        if self.cuda_graphs not in CUDA_GRAPHS:
+            choices = ", ".join(CUDA_GRAPHS)
+            raise UsageError(f"--cuda-graphs {self.cuda_graphs}: it must be one of {choices}.")
         if self.cache_bytes < 1:
             raise UsageError("--cache-size 0 keeps nothing: pass --no-cache instead.")
         if self.threads is not None and self.threads < 1:

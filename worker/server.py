@@ -316,6 +316,7 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
             quantize_head=config.quantize_head,
             kv_quantize=config.kv_quantize,
             cache=cache,
+            cuda_graphs=config.cuda_graphs == "auto",
         )
     except Error:
         raise

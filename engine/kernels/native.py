@@ -52,6 +52,7 @@ def _compiled() -> tuple[Any, str]:
 
 _built, _why_not = _compiled()
 library: Any = None  # the compiled module while its kernels are in use
+plain = False  # whether torch was asked for by name: then nothing but its plain product computes
 
 
 def choose(name: str) -> None:
@@ -60,12 +61,13 @@ def choose(name: str) -> None:
     Raises:
         UsageError: there is no such choice, or not on this machine.
     """
-    global library
+    global library, plain
     if name not in CHOICES:
         raise UsageError(
             f"no kernels are called {name!r}. COMBOIO_KERNELS is one of: {', '.join(CHOICES)}."
         )
-    if name == TORCH or (name == AUTO and _built is None):
+    plain = name == TORCH
+    if plain or (name == AUTO and _built is None):
         library = None
         return
     if _built is None:

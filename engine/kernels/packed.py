@@ -58,12 +58,21 @@ class PackedMatrix:
             )
         self.format, self.rows, self.cols, self.data = format, rows, cols, data
         # What every call of the kernel begins with.
-        self._call = (FORMATS.index(format), rows, cols, data.data_ptr())
+        self._call: tuple[int, ...] = (FORMATS.index(format), rows, cols, data.data_ptr())
 
     @staticmethod
     def num_bytes_of(format: str, rows: int, cols: int) -> int:
         """What a packed matrix of that size takes."""
         return -(-rows // STRIP_ROWS) * strip_bytes(format, cols)
+
+    @property
+    def num_bytes(self) -> int:
+        """Held in memory."""
+        return self.data.numel()
+
+    def release(self) -> None:
+        """Let go of the bytes, which parts may still hold; nothing can be computed any more."""
+        self.data, self._call = torch.empty(0, dtype=torch.uint8), ()
 
     @classmethod
     def allocate(

@@ -62,9 +62,18 @@ def _pack_int8(weight: Tensor) -> Tensor:
 
 
 def _unpack_int8(data: Tensor, dtype: torch.dtype) -> Tensor:
+    whole, scales = int8_parts(data)
+    return ((whole.float() - 128) * scales[:, None]).to(dtype)
+
+
+def int8_parts(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (strips, bytes): the numbers 1 to 255, (rows, cols) uint8, and the rows' scales, float32.
+
+    A weight is (number - 128) * scale; rows and columns are filled up to whole strips and chunks.
+    """
     scales = data[:, :64].contiguous().view(torch.float32)
-    whole = torch.unflatten(data[:, 64:], 1, (-1, 16, 4)).transpose(1, 2).flatten(2)
-    return ((whole.float() - 128) * scales[:, :, None]).to(dtype)
+    whole = torch.unflatten(data[:, 64:], 1, (-1, 16, 4)).transpose(1, 2)
+    return whole.reshape(len(data) * 16, -1), scales.flatten()
 
 
 def _pack_int4(weight: Tensor) -> Tensor:
@@ -98,13 +107,23 @@ def _int4_scales(groups: Tensor) -> Tensor:
 
 
 def _unpack_int4(data: Tensor, dtype: torch.dtype) -> Tensor:
+    whole, scales = int4_parts(data)
+    groups = torch.unflatten(whole, 1, (-1, 32))
+    return ((groups.float() - 8) * scales[..., None].float()).flatten(1).to(dtype)
+
+
+def int4_parts(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (strips, bytes): the numbers 0 to 15, (rows, cols) uint8, and (rows, groups) bfloat16.
+
+    A weight is (number - 8) * its group's scale; rows and columns are filled up to whole strips
+    and chunks.
+    """
     chunks = torch.unflatten(data, 1, (-1, 576))
     scales = torch.unflatten(chunks[..., :64].contiguous().view(torch.bfloat16), 2, (16, 2))
     both = torch.unflatten(chunks[..., 64:], 2, (8, 16, 4))
     whole = torch.stack([both & 15, both >> 4], 3)  # (strip, chunk, eight, half, row, four)
-    rows = whole.permute(0, 4, 1, 2, 3, 5).reshape(len(data), 16, -1, 2, 32)
-    values = (rows.float() - 8) * scales.permute(0, 2, 1, 3)[..., None].float()
-    return values.flatten(2).to(dtype)
+    rows = whole.permute(0, 4, 1, 2, 3, 5).reshape(len(data) * 16, -1)
+    return rows, scales.permute(0, 2, 1, 3).reshape(len(rows), -1)
 
 
 _PACKERS: Final = {"bf16": _pack_bf16, "int8": _pack_int8, "int4": _pack_int4}

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from torch import nn
 
-_OURS: Final = frozenset({"forward", "_fused"})  # put there by this program
+_OURS: Final = frozenset({"forward", "_fused", "_joined"})  # put there by this program
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 # Settings that decide how something is computed and not what.
 _WITHOUT_EFFECT: Final = frozenset(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from engine.joined_linear import joined_of
 from engine.packed_linear import PackedLinear, fused_of
 
 
@@ -43,12 +44,15 @@ def is_linear(module: object) -> bool:
 
 
 def _one_matrix(parent: nn.Module, modules: Sequence[Any]) -> tuple[Any, Tensor | None]:
-    """The packed matrix of all modules together, and its bias; None where it takes several."""
+    """The matrix of all modules together, and its bias; None where it takes several."""
     if len(modules) == 1 and isinstance(modules[0], PackedLinear):
         return modules[0].matrix, modules[0].bias
     for fused in fused_of(parent).values():
         if fused.members == tuple(modules):
             return fused.matrix, fused.bias
+    for joined in joined_of(parent).values():
+        if joined.members == tuple(modules):
+            return joined.matrix, joined.bias
     return None, None
 
 

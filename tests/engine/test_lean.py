@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from engine.joined_linear import join_siblings, joined_of
+from engine.kernels import native
+from engine.lean.agreement import agrees
+from engine.lean.fitting import fit_layers
 from engine.stage import Stage, StageRun, load_stage
 from tests.support.models import save_tiny
 
@@ -85,3 +90,29 @@ def test_bfloat16_layers_are_as_near_the_exact_model_as_the_librarys_own(
 def _run(stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
     run = StageRun(start=0, num_tokens=len(hidden), rope_length=len(hidden), blocks=torch.arange(4))
     return stage.forward(torch.arange(len(hidden)) % 50, hidden, [run], stage.new_cache(4))
+
+
+# --- what a GPU multiplies in one call -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_biases", "phi3", "gpt2"])
+def test_weights_of_siblings_can_be_parts_of_one(kind: str, tmp_path: Path) -> None:
+    save_tiny(kind, tmp_path)
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with native.chosen("torch"):  # which leaves the model's own linear modules, as a GPU does
+        stage = load_stage(str(tmp_path), sections=1, index=0, dtype="bfloat16", device="cpu")
+        lean = _run(stage, hidden)
+        stage.run_plainly()
+        plain = _run(stage, hidden)
+        groups = join_siblings(stage.modules())
+        assert groups == (8 if kind.startswith("llama") else 0)  # two a layer
+        assert torch.equal(_run(stage, hidden), plain)
+        fit_layers(stage)
+        assert stage.plain_layers == []
+        assert agrees(_run(stage, hidden), lean)
+    if groups:
+        attention: Any = stage.slots[0].inner.self_attn
+        joined = joined_of(attention)["qkv"]
+        assert attention.k_proj.weight.data_ptr() == joined.matrix.weight[32:].data_ptr()
+        stage.unload()
+        assert joined.matrix.weight.numel() == 0

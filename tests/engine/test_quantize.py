@@ -216,6 +216,30 @@ def test_the_16_bit_stage_is_never_in_memory(tmp_path: Path) -> None:
         assert peak < held + 12 * 2**20
 
 
+UNLOAD = """
+from engine.stage import load_stage
+for folder in sys.argv[1:]:
+    for quantize in ("none", "int4"):
+        stage = load_stage(
+            folder, layers=(0, 5), dtype="bfloat16", device="cpu", quantize=quantize
+        )
+        before = resident("VmRSS")
+        stage.unload()
+        print(stage.stage_bytes, before - resident("VmRSS"))
+"""
+
+
+def test_an_unloaded_stage_gives_its_memory_back(tmp_path: Path) -> None:
+    """Whether its weights are packed in 16 bits or in 4, and whether they are experts'."""
+    large = {"hidden_size": 512, "num_hidden_layers": 5, "intermediate_size": 1024}
+    for kind in ("llama", "mixtral"):
+        save_tiny(kind, tmp_path / kind, dtype=torch.bfloat16, **large)
+    found = measured(UNLOAD, tmp_path / "llama", tmp_path / "mixtral")
+    for held, freed in zip(found[::2], found[1::2], strict=True):
+        print(f"{freed} of {held} bytes freed")  # pytest -rP shows it
+        assert freed > 0.8 * held
+
+
 # --- adapters ----------------------------------------------------------------------------------
 
 

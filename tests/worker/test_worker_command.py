@@ -133,6 +133,10 @@ def test_help_and_version_and_a_bad_option_import_no_torch() -> None:
         (["--quantize", "int7"], "--quantize int7: it must be one of none, int8, int4."),
         (["--kv-quantize", "int4"], "--kv-quantize int4: it must be one of none, int8."),
         (
+            ["--cuda-graphs", "on"],
+            "--cuda-graphs on: it must be one of auto, off.",
+        ),
+        (
             ["--quantize", "int4", "--quantize-head", "int4"],
             "--quantize-head int4: it must be one of auto, int8, same.",
         ),
