@@ -32,6 +32,7 @@ from proto.errors import UsageError
 
 QUANTIZATIONS: Final = ("none", "int8", "int4")
 HEADS: Final = ("auto", "int8", "same")
+COMPRESSIONS: Final = ("auto", "on", "off")
 # Below these a matrix is not worth its padding, nor what its rounding costs.
 _MIN_COLS: Final = 32
 _MIN_ROWS: Final = 16
@@ -41,13 +42,13 @@ _MIN_ROWS: Final = 16
 class Packing:
     """In which format matrices are held."""
 
-    layers: str  # "bf16", "int8" or "int4"
+    layers: str  # "bf16", "bf12", "int8" or "int4"
     head: str  # of the lm_head
 
     @property
     def is_lossy(self) -> bool:
         """Whether weights are rounded."""
-        return self.layers != "bf16"
+        return self.layers not in ("bf16", "bf12")
 
 
 @dataclass(slots=True)
@@ -82,22 +83,28 @@ class PackedParts:
 
 
 def choose_packing(
-    quantize: str, head: str, dtype: torch.dtype, device: torch.device
+    quantize: str, head: str, dtype: torch.dtype, device: torch.device, compress: str = "off"
 ) -> Packing | None:
     """The formats for what was asked; None leaves all modules as they are.
 
     Args:
         quantize: "none", "int8" or "int4".
         head: "int8", "same" as the layers, or "auto", which is int8.
+        compress: whether 16 bits are held in 12, exactly: "on", "off", or "auto", which is where
+            that is the faster of the two.
     """
     if quantize not in QUANTIZATIONS:
         raise UsageError(f"--quantize {quantize!r}: choose {', '.join(QUANTIZATIONS)}")
     if head not in HEADS:
         raise UsageError(f"--quantize-head {head!r}: choose {', '.join(HEADS)}")
+    if compress not in COMPRESSIONS:
+        raise UsageError(f"--compress {compress!r}: choose {', '.join(COMPRESSIONS)}")
     if quantize != "none":
         return Packing(quantize, quantize if head == "same" else "int8")
     if dtype == torch.bfloat16 and device.type == "cpu" and native.library is not None:
-        return Packing("bf16", "bf16")  # the same bits, which our own kernels read faster
+        # The same bits, which our own kernels read faster.
+        is_compressed = compress == "on" or (compress == "auto" and native.reads_bf12_best())
+        return Packing(*["bf12" if is_compressed else "bf16"] * 2)
     return None
 
 

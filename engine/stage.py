@@ -8,10 +8,11 @@ beyond the step at hand.
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from engine.decode_graphs import DecodeGraphs
 from engine.device_fitting import fit_steps, fit_weights
 from engine.foreign_code import first_line
 from engine.kernels import native
+from engine.kernels.packed_bf12 import DoesNotFit
 from engine.kv import (
     BLOCK_TOKENS,
     BlockCache,
@@ -57,6 +59,8 @@ from engine.weights import Wanted, WeightPlan, fill_buffers
 from proto.errors import Error, ModelUnfit, UsageError
 
 __all__ = ["BlockCache", "Stage", "StageRun", "load_stage"]
+
+log = logging.getLogger("comboio.engine")
 
 LoadProgress = Callable[[int, int], None]  # bytes read, bytes to read
 
@@ -306,6 +310,7 @@ def load_stage(
     quantize_head: str = "auto",
     kv_quantize: str = "none",
     cache: PackedCache | None = None,
+    compress: str = "off",
     cuda_graphs: bool = True,
 ) -> Stage:
     """Load one section of a checkpoint, reading only that section's tensors.
@@ -324,6 +329,7 @@ def load_stage(
         quantize_head: the same for the lm_head: "auto", "int8", or "same" as the layers.
         kv_quantize: "none", "int8": how keys and values are rounded, as they are written.
         cache: where rounded weights are kept for the next start.
+        compress: whether 16 bits are held in 12, exactly: "on", "off", "auto": where it is faster.
         cuda_graphs: whether decode steps are recorded, on a GPU.
     Raises:
         ModelError: no checkpoint there, a damaged one, or one that cannot be split.
@@ -339,7 +345,7 @@ def load_stage(
     chosen = choose_dtype(dtype, architecture)
     where = choose_device(device)
     attention.register()
-    packing = choose_packing(quantize, quantize_head, chosen, where)
+    packing = choose_packing(quantize, quantize_head, chosen, where, compress)
     loader = _Loader(
         checkpoint,
         architecture,
@@ -351,7 +357,17 @@ def load_stage(
         cache,
         cuda_graphs,
     )
-    make = partial(_make_stage, loader, chosen, (layers, sections, index))
+    asked = (layers, sections, index)
+    try:
+        return _make_some_stage(loader, chosen, asked)
+    except DoesNotFit as exc:
+        log.warning("weights are held in 16 bits, since 12 cannot hold them: %s", exc)
+        packing = choose_packing(quantize, quantize_head, chosen, where, "off")
+        return _make_some_stage(replace(loader, packing=packing), chosen, asked)
+
+
+def _make_some_stage(loader: _Loader, dtype: torch.dtype, asked: Asked) -> Stage:
+    make = partial(_make_stage, loader, dtype, asked)
     try:
         return make(feeds_token_ids=False)
     except ModelUnfit as unfit:
@@ -361,6 +377,9 @@ def load_stage(
             return make(feeds_token_ids=True)
         except ModelUnfit:
             raise unfit from None
+
+
+Asked = tuple[tuple[int, int] | None, int | None, int | None]  # layers, sections, index
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,7 +460,7 @@ class _Loader:
 def _make_stage(
     loader: _Loader,
     dtype: torch.dtype,
-    asked: tuple[tuple[int, int] | None, int | None, int | None],
+    asked: Asked,
     *,
     feeds_token_ids: bool,
 ) -> Stage:
@@ -473,7 +492,7 @@ def _make_stage(
             fit_layers(stage)
         check_stage(stage)
         fit_steps(stage, cuda_graphs=loader.cuda_graphs, num_by_length=num_by_length)
-    except (Error, MemoryError, torch.OutOfMemoryError):
+    except (Error, DoesNotFit, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever foreign model code raises when it is run in part
         raise ModelUnfit(

@@ -224,7 +224,7 @@ class WeightPlan:
 
     def _for_packing(self, module: Packed, part: Tensor, name: str) -> Tensor:
         """Rounding is done once, from what is stored; without rounding, in the model's dtype."""
-        if module.format == "bf16":
+        if module.format in ("bf16", "bf12"):
             return part.to(self.dtype_of(name))
         # Rounded, they would be numbers like any other, and the stage's own check would see none.
         lowest, highest = torch.aminmax(part if part.dtype.itemsize > 1 else part.float())

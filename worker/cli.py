@@ -36,6 +36,7 @@ from proto.tls import TlsFiles, tls_files
 from worker import logs
 from worker.config import (
     CACHE_BYTES,
+    COMPRESSIONS,
     CUDA_GRAPHS,
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -179,6 +180,14 @@ def _version() -> str:
     help="The same for the lm_head: auto keeps it at int8.",
 )
 @click.option(
+    "--compress",
+    default="auto",
+    show_default=True,
+    metavar="|".join(COMPRESSIONS),
+    help="Hold weights of 16 bits in 12, the very same numbers: a quarter less memory. auto does "
+    "so where it is faster, too (AVX-512 with bfloat16).",
+)
+@click.option(
     "--kv-quantize",
     default="none",
     show_default=True,
@@ -274,6 +283,7 @@ def worker(
     dtype: str,
     quantize: str,
     quantize_head: str,
+    compress: str,
     kv_quantize: str,
     cuda_graphs: str,
     cache_dir: str | None,
@@ -324,6 +334,7 @@ def worker(
         dtype=dtype,
         quantize=quantize,
         quantize_head=quantize_head,
+        compress=compress,
         kv_quantize=kv_quantize,
         cuda_graphs=cuda_graphs,
         cache_dir=_cache_dir(context, cache_dir, no_cache=no_cache),

@@ -26,6 +26,7 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("none", "int8", "int4")
 KV_QUANTIZATIONS: Final = ("none", "int8")
 HEADS: Final = ("auto", "int8", "same")
+COMPRESSIONS: Final = ("auto", "on", "off")
 CUDA_GRAPHS: Final = ("auto", "off")
 CACHE_BYTES: Final = 20 * 2**30
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -46,6 +47,7 @@ class WorkerConfig:
     quantize: str = "none"
     quantize_head: str = "auto"
     kv_quantize: str = "none"
+    compress: str = "auto"  # 16 bits in 12, exactly
     cuda_graphs: str = "auto"  # "off": never
     cache_dir: Path | None = None  # for packed weights; None: keep none
     cache_bytes: int = CACHE_BYTES
@@ -74,6 +76,9 @@ class WorkerConfig:
                 f"--quantize-head {self.quantize_head} means nothing where no weights are "
                 "quantized: pass --quantize int8 or int4 as well."
             )
+        if self.compress not in COMPRESSIONS:
+            choices = ", ".join(COMPRESSIONS)
+            raise UsageError(f"--compress {self.compress}: it must be one of {choices}.")
         if self.kv_quantize not in KV_QUANTIZATIONS:
             choices = ", ".join(KV_QUANTIZATIONS)
             raise UsageError(f"--kv-quantize {self.kv_quantize}: it must be one of {choices}.")

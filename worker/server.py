@@ -314,6 +314,7 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
             staging=staging,
             quantize=config.quantize,
             quantize_head=config.quantize_head,
+            compress=config.compress,
             kv_quantize=config.kv_quantize,
             cache=cache,
             cuda_graphs=config.cuda_graphs == "auto",
@@ -375,7 +376,14 @@ def say_how_weights_are_held(stage: Stage) -> None:
 
     log.info(f"kernels: {native.description()}")
     packed = stage.packed
-    if packed.packing is None or not packed.packing.is_lossy:
+    if packed.packing is None:
+        return
+    if packed.packing.layers == "bf12":
+        log.info(
+            "weights of 16 bits are held in 12, exactly",
+            extra=fields(mb=f"{packed.packed_bytes / 1e6:.1f}"),
+        )
+    if not packed.packing.is_lossy:
         return
     log.info(
         "quantized",

@@ -2,7 +2,7 @@
  *
  * Tokens go 16 at a time; int8 and int4 round them to 8 bits, however many there are.
  */
-#include "linear.h"
+#include "linear_bf12.h"
 
 /* Strips that meet all tokens before the next ones do: they stay in the second-level cache. */
 enum { PANEL_BYTES = 1 << 19 };
@@ -48,15 +48,14 @@ static void lay_out(const Linear *work, int64_t first, int tokens, uint8_t *memo
                     Tokens *block) {
     const Kernels *kernels = work->kernels;
     const Preparation *prepare = kernels->prepare;
-    int is_bf16 = work->format == FORMAT_BF16;
     int64_t chunks = num_chunks(work->format, work->cols);
-    int as_float = is_bf16 ? kernels->bf16_as_float : kernels->ints_as_float;
+    int as_float = is_bf16(work->format) ? kernels->bf16_as_float : kernels->ints_as_float;
     const uint8_t *from = work->x + first * work->x_stride;
     block->tokens = tokens;
     block->chunks = chunks;
-    block->token_stride = chunk_columns(work->format) * (as_float ? 4 : is_bf16 ? 2 : 1);
+    block->token_stride = chunk_columns(work->format) * (as_float ? 4 : is_bf16(work->format) ? 2 : 1);
     block->chunk_stride = tokens * block->token_stride;
-    if (is_bf16 && !as_float && work->x_dtype == BF16 && work->cols % 32 == 0 && tokens == 1) {
+    if (is_bf16(work->format) && !as_float && work->x_dtype == BF16 && work->cols % 32 == 0 && tokens == 1) {
         block->x = from; /* as it stands; more tokens would compete for the same cache lines */
         return;
     }
@@ -69,7 +68,7 @@ static void lay_out(const Linear *work, int64_t first, int tokens, uint8_t *memo
     block->offset = offset;
     for (int t = 0; t < tokens; t++, from += work->x_stride) {
         uint8_t *to = memory + t * block->token_stride;
-        if (is_bf16)
+        if (is_bf16(work->format))
             prepare->convert_token(from, work->x_dtype, work->cols, as_float, to,
                                    block->chunk_stride);
         else
@@ -82,8 +81,8 @@ static void lay_out(const Linear *work, int64_t first, int tokens, uint8_t *memo
 /* The most that lay_out() needs for a token, a multiple of 64. */
 static int64_t token_bytes(const Linear *work) {
     int64_t columns = num_chunks(FORMAT_INT8, work->cols) * 64;
-    int as_float = work->format == FORMAT_BF16 ? work->kernels->bf16_as_float
-                                               : work->kernels->ints_as_float;
+    int as_float =
+        is_bf16(work->format) ? work->kernels->bf16_as_float : work->kernels->ints_as_float;
     return (columns * (as_float ? 4 : 2) + columns / 64 * 12 + 4) / 64 * 64 + 64;
 }
 
@@ -97,36 +96,67 @@ static void lay_out_task(void *context, int64_t begin, int64_t end) {
     }
 }
 
+/* Strips one behind the other; the first is the matrix's strip `first`. */
+typedef struct {
+    const uint8_t *strips;
+    int64_t first, strip_bytes;
+    int format;
+} Panel;
+
 /* One or two strips times one or two blocks of tokens. */
-static void multiply(const Linear *work, int64_t strip, int strips, int64_t block, int blocks) {
+static void multiply(const Linear *work, const Panel *panel, int64_t strip, int strips,
+                     int64_t block, int blocks) {
     float out[2][2][MAX_TOKENS * STRIP_ROWS] __attribute__((aligned(64)));
     const Kernels *kernels = work->kernels;
-    const uint8_t *from = work->strips + strip * work->strip_bytes;
-    const uint8_t *both[2] = {from, from + work->strip_bytes};
+    const uint8_t *from = panel->strips + (strip - panel->first) * panel->strip_bytes;
+    const uint8_t *both[2] = {from, from + panel->strip_bytes};
     const Tokens *x = work->blocks + block;
-    if (work->format == FORMAT_BF16 && kernels->dot_2x2 && strips == 2 && blocks == 2)
+    if (panel->format == FORMAT_BF16 && kernels->dot_2x2 && strips == 2 && blocks == 2)
         kernels->dot_2x2(both, x, out[0][0]);
     else
         for (int s = 0; s < strips; s++)
-            for (int b = 0; b < blocks; b++) kernels->dot[work->format](both[s], x + b, out[s][b]);
+            for (int b = 0; b < blocks; b++)
+                kernels->dot[panel->format](both[s], x + b, out[s][b]);
     for (int s = 0; s < strips; s++)
         for (int b = 0; b < blocks; b++)
             store(work, strip + s, (block + b) * MAX_TOKENS, x[b].tokens, out[s][b]);
 }
 
+/* A panel of bf12 as bf16, when many tokens meet it, or the kernels have nothing better; 0 without
+ * memory. */
+static int widen(const Linear *work, Panel *panel, int64_t strips) {
+    int64_t chunks = num_chunks(FORMAT_BF12, work->cols);
+    uint8_t *to = scratch(SCRATCH_STRIPS, strips * chunks * BF16_CHUNK_BYTES);
+    if (!to) return 0;
+    panel->format = FORMAT_BF16;
+    panel->strip_bytes = chunks * BF16_CHUNK_BYTES;
+    for (int64_t strip = 0; strip < strips; strip++)
+        bf16_strip(panel->strips + strip * work->strip_bytes, chunks,
+                   to + strip * panel->strip_bytes);
+    panel->strips = to;
+    return 1;
+}
+
 static void strips_task(void *context, int64_t begin, int64_t end) {
-    const Linear *work = context;
+    Linear *work = context;
     const Kernels *kernels = work->kernels;
     int64_t blocks = (work->tokens + MAX_TOKENS - 1) / MAX_TOKENS;
-    int64_t panel = PANEL_BYTES / work->strip_bytes / 2 * 2 + 2;
-    for (int64_t first = begin; first < end; first += panel) {
-        int64_t last = first + panel < end ? first + panel : end;
+    int64_t most = PANEL_BYTES / work->strip_bytes / 2 * 2 + 2;
+    int widens = work->format == FORMAT_BF12 && (blocks > 1 || !kernels->dot[FORMAT_BF12]);
+    for (int64_t first = begin; first < end; first += most) {
+        int64_t last = first + most < end ? first + most : end;
+        Panel panel = {work->strips + first * work->strip_bytes, first, work->strip_bytes,
+                       work->format};
+        if (widens && !widen(work, &panel, last - first)) {
+            __atomic_store_n(&work->no_memory, 1, __ATOMIC_RELAXED);
+            break;
+        }
         for (int64_t block = 0, two; block < blocks; block += two) {
             int tokens = work->blocks[block].tokens;
             two = block + 1 < blocks && work->blocks[block + 1].tokens == tokens ? 2 : 1;
-            if (kernels->enter) kernels->enter(work->format, tokens);
+            if (kernels->enter) kernels->enter(panel.format, tokens);
             for (int64_t strip = first; strip < last; strip += 2)
-                multiply(work, strip, last - strip < 2 ? 1 : 2, block, (int)two);
+                multiply(work, &panel, strip, last - strip < 2 ? 1 : 2, block, (int)two);
         }
     }
     if (kernels->leave) kernels->leave();
@@ -141,8 +171,9 @@ static int some_tokens(Linear *work) {
     int64_t strips = num_strips(work->rows), pieces = num_threads() * 8;
     int64_t grain = (PIECE_BYTES + work->strip_bytes - 1) / work->strip_bytes;
     if (grain < strips / pieces) grain = strips / pieces;
+    work->no_memory = 0;
     parallel_for(strips, (grain + 1) / 2 * 2, strips_task, work);
-    return 1;
+    return !work->no_memory;
 }
 
 int linear(const Linear *whole) {

@@ -11,6 +11,8 @@
  *         then for each eight columns 16 rows x 4 bytes, whose low halves are the first four
  *         columns and whose high halves are the next four; a half is the weight / scale + 8.
  *
+ *   bf12  bf16 in three quarters of the room: linear_bf12.h.
+ *
  * Rows and columns are filled up with zeros. Numbers are little-endian, the layout is the same on
  * every processor.
  */
@@ -19,17 +21,21 @@
 
 #include "native.h"
 
-enum { FORMAT_BF16 = 0, FORMAT_INT8 = 1, FORMAT_INT4 = 2 };
+enum { FORMAT_BF16 = 0, FORMAT_INT8 = 1, FORMAT_INT4 = 2, FORMAT_BF12 = 3, FORMATS = 4 };
 enum { STRIP_ROWS = 16, MAX_TOKENS = 16 };
 enum { BF16_CHUNK_BYTES = 1024, INT8_CHUNK_BYTES = 1024, INT4_CHUNK_BYTES = 576 };
-enum { INT8_HEAD_BYTES = 64, INT4_HEAD_BYTES = 64 };
+enum { BF12_CHUNK_BYTES = 768 };
+enum { INT8_HEAD_BYTES = 64, INT4_HEAD_BYTES = 64, BF12_HEAD_BYTES = 64 };
 /* How far ahead of its use memory is asked for. */
 enum { PREFETCH_BYTES = 4096 };
 /* Ends what is done with one line in an unrolled loop. Left alone, the compiler gathers the
  * prefetches of many lines in one place, and the memory gives a quarter less. */
 #define IN_ORDER __asm__ volatile("" : : : "memory")
 
-INLINE int64_t chunk_columns(int format) { return format == FORMAT_BF16 ? 32 : 64; }
+/* Whether the weights are bf16, however they lie. */
+INLINE int is_bf16(int format) { return format == FORMAT_BF16 || format == FORMAT_BF12; }
+
+INLINE int64_t chunk_columns(int format) { return is_bf16(format) ? 32 : 64; }
 
 INLINE int64_t num_chunks(int format, int64_t cols) {
     return (cols + chunk_columns(format) - 1) / chunk_columns(format);
@@ -39,6 +45,8 @@ INLINE int64_t strip_bytes(int format, int64_t cols) {
     int64_t chunks = num_chunks(format, cols);
     if (format == FORMAT_BF16) return chunks * BF16_CHUNK_BYTES;
     if (format == FORMAT_INT8) return INT8_HEAD_BYTES + chunks * INT8_CHUNK_BYTES;
+    if (format == FORMAT_BF12) /* and the list */
+        return BF12_HEAD_BYTES + chunks * BF12_CHUNK_BYTES + (chunks * 16 + 64 + 63) / 64 * 64;
     return chunks * INT4_CHUNK_BYTES;
 }
 
@@ -60,6 +68,12 @@ typedef struct {
 /* out[token][row of the strip] = sum over the columns */
 typedef void (*Dot)(const uint8_t *strip, const Tokens *x, float *out);
 
+/* Whose high bytes, without the sign, have a code in a strip of bf12: `count` from `top` down; if
+ * that is 7, zero has the last one. */
+typedef struct {
+    uint8_t top, count;
+} HighBytes;
+
 /* What comes before the sums. */
 typedef struct {
     /* One token: `cols` elements of `x`, then zeros up to the chunk's end. */
@@ -70,6 +84,11 @@ typedef struct {
                            int tokens);
     /* A strip from its rows: columns[k][row] */
     void (*quantize_strip)(int format, const float *columns, int64_t cols, uint8_t *strip);
+    /* Groups of bf12 from bf16's lines, up to one with a weight that has no code: how many. NULL:
+     * one by one. */
+    int64_t (*bf12_groups)(const uint8_t *lines, int64_t groups, HighBytes chosen, uint8_t *to);
+    /* And back; `high` are the 16 high bytes. NULL: one by one. */
+    void (*bf16_groups)(const uint8_t *from, int64_t groups, const uint8_t *high, uint8_t *lines);
 } Preparation;
 
 typedef struct Linear Linear;
@@ -78,7 +97,7 @@ typedef struct {
     const Preparation *prepare;
     int bf16_as_float; /* the bf16 kernel wants tokens as float, not as bf16 */
     int ints_as_float; /* the int8 and int4 kernels want their integers as float */
-    Dot dot[3];        /* by format */
+    Dot dot[FORMATS];  /* by format; NULL for bf12: by way of bf16 */
     /* Two strips and two blocks of equally many tokens; NULL: four calls of dot[BF16]. */
     void (*dot_2x2)(const uint8_t *strips[2], const Tokens x[2], float *out /* [2][2][16][16] */);
     /* y of `tokens` tokens from `first` on and 16 rows from `row` on, bias and residual added;
@@ -122,6 +141,7 @@ struct Linear {
     int64_t strip_bytes;
     Tokens *blocks;  /* of 16 tokens */
     uint8_t *memory; /* where they lie */
+    int no_memory;
 };
 int linear(const Linear *work); /* 0: no memory */
 
@@ -133,9 +153,10 @@ typedef struct {
     uint8_t *matrix; /* its first row goes with the first row of `strips` */
     int dtype;
     int64_t row_stride, col_stride;
-    int no_memory; /* set by pack() */
+    int no_memory, no_room; /* set by pack() and unpack() */
 } Pack;
-int pack(Pack *work); /* 0: no memory */
-void unpack(Pack *work);
+/* 0: no memory, or no room in a list of bf12 */
+int pack(Pack *work);
+int unpack(Pack *work);
 
 #endif

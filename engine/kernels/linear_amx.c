@@ -6,11 +6,11 @@
 #if defined(HAVE_X86)
 #include <immintrin.h>
 
-#include "linear.h"
+#include "linear_bf12.h"
 #include "tiles.h"
 
 /* Fewer tokens than this are AVX-512's. */
-enum { TILE_TOKENS_BF16 = 6, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
+enum { TILE_TOKENS_BF16 = 6, TILE_TOKENS_BF12 = 2, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
 /* A tile is loaded at once, so its lines are asked for at once: from so near that the next chunks'
  * do not fill all buffers of the first-level cache. */
 enum { TILE_PREFETCH_BYTES = 1024 };
@@ -31,6 +31,12 @@ TARGET_AMX static void leave(void) { _tile_release(); }
 TARGET_AMX INLINE void prefetch(const uint8_t *from, int lines) {
     for (int line = 0; line < lines; line++)
         _mm_prefetch(from + line * 64, _MM_HINT_T0);
+}
+
+/* What is soon needed into the first-level cache, what is needed later into the second. */
+TARGET_AMX INLINE void ask_twice(const uint8_t *line) {
+    _mm_prefetch(line + TILE_PREFETCH_BYTES, _MM_HINT_T0);
+    _mm_prefetch(line + PREFETCH_BYTES, _MM_HINT_T1);
 }
 
 TARGET_AMX static void bf16_dot(const uint8_t *strip, const Tokens *x, float *out) {
@@ -242,9 +248,72 @@ TARGET_AMX static void int4_dot(const uint8_t *strip, const Tokens *x, float *ou
     memcpy(out, total, tokens * sizeof *total);
 }
 
+/* A chunk of bf12 as a tile of bf16. */
+TARGET_AMX INLINE void widen_chunk(const uint8_t *from, __m512i high, uint8_t *tile) {
+    const __m512i half = _mm512_set1_epi8(15);
+    for (int group = 0; group < GROUPS; group++, from += GROUP_BYTES) {
+        ask_twice(from);
+        __m512i codes = _mm512_loadu_si512(from);
+        IN_ORDER;
+        for (int two = 0; two < 2; two++, tile += 128) {
+            const uint8_t *line = from + 64 + 64 * two;
+            ask_twice(line);
+            __m512i low = _mm512_loadu_si512(line);
+            __m512i code = _mm512_and_si512(two ? _mm512_srli_epi16(codes, 4) : codes, half);
+            __m512i said = _mm512_shuffle_epi8(high, code);
+            _mm512_store_si512(tile, _mm512_unpacklo_epi8(low, said));
+            _mm512_store_si512(tile + 64, _mm512_unpackhi_epi8(low, said));
+            IN_ORDER;
+        }
+    }
+}
+
+/* Chunks become tiles so far ahead of the tile that is loaded. */
+enum { TILES_AHEAD = 4, TILES_KEPT = 8 };
+
+TARGET_AMX static void bf12_dot(const uint8_t *strip, const Tokens *x, float *out) {
+    if (x->tokens < TILE_TOKENS_BF12) {
+        avx512_bf16_kernels.dot[FORMAT_BF12](strip, x, out);
+        return;
+    }
+    uint8_t tiles[TILES_KEPT][BF16_CHUNK_BYTES] __attribute__((aligned(64)));
+    float sums[2][MAX_TOKENS][16] __attribute__((aligned(64)));
+    const __m512i high = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strip));
+    const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
+    const uint8_t *from = strip + BF12_HEAD_BYTES, *token = x->x;
+    int64_t ahead = 0, chunk = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (; ahead < TILES_AHEAD && ahead < chunks; ahead++, from += BF12_CHUNK_BYTES)
+        widen_chunk(from, high, tiles[ahead]);
+#define ONE(sum, a, b)                                    \
+    written(tiles);                                       \
+    _tile_loadd(b, tiles[chunk++ % TILES_KEPT], 64);      \
+    _tile_loadd(a, token, stride);                        \
+    _tile_dpbf16ps(sum, a, b);                            \
+    token += step;
+    for (; ahead + 2 <= chunks; ahead += 2, from += 2 * BF12_CHUNK_BYTES) {
+        widen_chunk(from, high, tiles[ahead % TILES_KEPT]);
+        ONE(0, 4, 6)
+        widen_chunk(from + BF12_CHUNK_BYTES, high, tiles[(ahead + 1) % TILES_KEPT]);
+        ONE(1, 5, 7)
+    }
+    if (ahead < chunks) widen_chunk(from, high, tiles[ahead % TILES_KEPT]);
+    while (chunk < chunks) {
+        ONE(0, 4, 6)
+    }
+#undef ONE
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    for (int t = 0; t < x->tokens; t++)
+        _mm512_storeu_ps(out + t * 16,
+                         _mm512_add_ps(_mm512_load_ps(sums[0][t]), _mm512_load_ps(sums[1][t])));
+    add_listed(strip, x, out);
+}
+
 const Kernels amx_kernels = {
     .prepare = &avx512_preparation,
-    .dot = {bf16_dot, int8_dot, int4_dot},
+    .dot = {bf16_dot, int8_dot, int4_dot, bf12_dot},
     .dot_2x2 = dot_2x2,
     .store = avx512_store,
     .enter = enter,

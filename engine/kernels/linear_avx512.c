@@ -3,6 +3,8 @@
 #if defined(HAVE_X86)
 #include <immintrin.h>
 
+#include "linear_bf12.h"
+
 #define LANES 16
 #define TARGET TARGET_AVX512
 #define KERNEL(name) avx512_##name
@@ -113,6 +115,96 @@ TARGET_AVX512_BF16 INLINE void bf16_pass(const uint8_t *strip, const Tokens *x, 
     }
 }
 
+/* Two lines of bf16 from their low bytes and their high ones. */
+#define FIRST_LINE(low, high) _mm512_unpacklo_epi8(low, high)
+#define SECOND_LINE(low, high) _mm512_unpackhi_epi8(low, high)
+
+TARGET_AVX512_BF16 INLINE void bf12_pass(const uint8_t *strip, const Tokens *x, int first,
+                                         float *out, const int tokens, const int sums) {
+    const __m512i half = _mm512_set1_epi8(15);
+    const __m512i high = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strip));
+    const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
+    const uint8_t *token = x->x + first * stride;
+    __m512 sum[8][4];
+    UNROLL for (int t = 0; t < tokens; t++)
+        UNROLL for (int s = 0; s < sums; s++) sum[t][s] = _mm512_setzero_ps();
+    strip += BF12_HEAD_BYTES;
+    for (int64_t chunk = 0; chunk < chunks; chunk++, token += step) {
+        UNROLL for (int group = 0; group < GROUPS; group++, strip += GROUP_BYTES) {
+            _mm_prefetch(strip + PREFETCH_BYTES / 2, _MM_HINT_T0);
+            __m512i codes = _mm512_loadu_si512(strip);
+            IN_ORDER;
+            UNROLL for (int two = 0; two < 2; two++) {
+                _mm_prefetch(strip + 64 + 64 * two + PREFETCH_BYTES / 2, _MM_HINT_T0);
+                __m512i low = _mm512_loadu_si512(strip + 64 + 64 * two);
+                __m512i said = _mm512_shuffle_epi8(
+                    high, _mm512_and_si512(two ? _mm512_srli_epi16(codes, 4) : codes, half));
+                const __m512bh lines[2] = {(__m512bh)FIRST_LINE(low, said),
+                                           (__m512bh)SECOND_LINE(low, said)};
+                UNROLL for (int line = 0; line < 2; line++) {
+                    const int pair = 4 * group + 2 * two + line;
+                    UNROLL for (int t = 0; t < tokens; t++) sum[t][pair % sums] =
+                        _mm512_dpbf16_ps(sum[t][pair % sums], lines[line],
+                                         (__m512bh)four_of(token + t * stride, 4 * pair));
+                }
+                IN_ORDER;
+            }
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) {
+        UNROLL for (int s = 1; s < sums; s++) sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][s]);
+        _mm512_storeu_ps(out + (first + t) * 16, sum[t][0]);
+    }
+}
+
+TARGET_AVX512 static int64_t bf12_groups(const uint8_t *lines, int64_t groups, HighBytes chosen,
+                                         uint8_t *to) {
+    const __m512i top = _mm512_set1_epi8((char)chosen.top), low = _mm512_set1_epi16(255);
+    const __m512i count = _mm512_set1_epi8((char)chosen.count), seven = _mm512_set1_epi8(7);
+    for (int64_t group = 0; group < groups; group++, to += GROUP_BYTES) {
+        __m512i codes[2];
+        for (int two = 0; two < 2; two++, lines += 128) {
+            __m512i a = _mm512_loadu_si512(lines), b = _mm512_loadu_si512(lines + 64);
+            __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+            _mm512_storeu_si512(to + 64 + 64 * two,
+                                _mm512_packus_epi16(_mm512_and_si512(a, low),
+                                                    _mm512_and_si512(b, low)));
+            __m512i magnitude = _mm512_and_si512(high, _mm512_set1_epi8(127));
+            __m512i below = _mm512_sub_epi8(top, magnitude);
+            __mmask64 has_code = _mm512_cmplt_epu8_mask(below, count);
+            if (chosen.count == 7) {
+                __mmask64 is_zero = _mm512_testn_epi8_mask(magnitude, magnitude);
+                below = _mm512_mask_mov_epi8(below, is_zero, seven);
+                has_code |= is_zero;
+            }
+            if (~has_code) return group;
+            __m512i sign = _mm512_and_si512(_mm512_srli_epi16(high, 4), _mm512_set1_epi8(8));
+            codes[two] = _mm512_or_si512(sign, below);
+        }
+        _mm512_storeu_si512(to, _mm512_or_si512(codes[0], _mm512_slli_epi16(codes[1], 4)));
+    }
+    return groups;
+}
+
+TARGET_AVX512 INLINE void group_of_bf16(const uint8_t *from, __m512i high, uint8_t *lines) {
+    const __m512i half = _mm512_set1_epi8(15);
+    __m512i codes = _mm512_loadu_si512(from);
+    for (int two = 0; two < 2; two++, lines += 128) {
+        __m512i low = _mm512_loadu_si512(from + 64 + 64 * two);
+        __m512i said = _mm512_shuffle_epi8(
+            high, _mm512_and_si512(two ? _mm512_srli_epi16(codes, 4) : codes, half));
+        _mm512_storeu_si512(lines, FIRST_LINE(low, said));
+        _mm512_storeu_si512(lines + 64, SECOND_LINE(low, said));
+    }
+}
+
+TARGET_AVX512 static void bf16_groups(const uint8_t *from, int64_t groups, const uint8_t *high,
+                                      uint8_t *lines) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)high));
+    for (; groups; groups--, from += GROUP_BYTES, lines += GROUP_BF16_BYTES)
+        group_of_bf16(from, table, lines);
+}
+
 TARGET_AVX512 INLINE __m512 sixteen_floats(const void *x, int dtype, int64_t first, int64_t cols) {
     __mmask16 mask = (__mmask16)(cols - first >= 16 ? 0xffff : (1 << (cols - first)) - 1);
     if (first >= cols) return _mm512_setzero_ps();
@@ -215,8 +307,19 @@ IN_EVEN_PASSES(TARGET_AVX512_BF16, bf16_dot, CASE(1, bf16_pass(strip, x, first, 
     CASE(6, bf16_pass(strip, x, first, out, 6, 2)) CASE(7, bf16_pass(strip, x, first, out, 7, 2))
     CASE(8, bf16_pass(strip, x, first, out, 8, 2)))
 
+IN_EVEN_PASSES(TARGET_AVX512_BF16, bf12_sums, CASE(1, bf12_pass(strip, x, first, out, 1, 4))
+    CASE(2, bf12_pass(strip, x, first, out, 2, 4)) CASE(3, bf12_pass(strip, x, first, out, 3, 2))
+    CASE(4, bf12_pass(strip, x, first, out, 4, 2)) CASE(5, bf12_pass(strip, x, first, out, 5, 2))
+    CASE(6, bf12_pass(strip, x, first, out, 6, 2)) CASE(7, bf12_pass(strip, x, first, out, 7, 2))
+    CASE(8, bf12_pass(strip, x, first, out, 8, 2)))
+
+static void bf12_dot(const uint8_t *strip, const Tokens *x, float *out) {
+    bf12_sums(strip, x, out);
+    add_listed(strip, x, out);
+}
+
 const Preparation avx512_preparation = {avx512_convert_token, quantize_token,
-                                        avx512_quantize_strip};
+                                        avx512_quantize_strip, bf12_groups, bf16_groups};
 
 const Kernels avx512_kernels = {
     .prepare = &avx512_preparation,
@@ -228,6 +331,6 @@ const Kernels avx512_kernels = {
 const Kernels avx512_bf16_kernels = {
     .prepare = &avx512_preparation,
     .store = avx512_store,
-    .dot = {bf16_dot, int8_dot, int4_dot},
+    .dot = {bf16_dot, int8_dot, int4_dot, bf12_dot},
 };
 #endif

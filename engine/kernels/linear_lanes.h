@@ -297,4 +297,5 @@ TARGET UNUSED static void KERNEL(quantize_strip)(int format, const float *column
         KERNEL(int4_strip)(columns, cols, strip);
 }
 
-#define PREPARATION {KERNEL(convert_token), KERNEL(quantize_token), KERNEL(quantize_strip)}
+#define PREPARATION \
+    {KERNEL(convert_token), KERNEL(quantize_token), KERNEL(quantize_strip), NULL, NULL}

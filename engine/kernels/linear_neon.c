@@ -6,6 +6,7 @@
 #define LANES 4
 #define TARGET
 #define KERNEL(name) neon_##name
+#include "linear_bf12.h"
 #include "linear_lanes.h"
 
 /* A vector holds four columns of four rows, a lane each row. Both instruction sets differ in one
@@ -122,7 +123,22 @@ INT4_PASS(int4_widening_pass, , widening)
 INT8_PASS(int8_dotted_pass, TARGET_DOTPROD, dotted)
 INT4_PASS(int4_dotted_pass, TARGET_DOTPROD, dotted)
 
-static const Preparation preparation = PREPARATION;
+static void bf16_groups(const uint8_t *from, int64_t groups, const uint8_t *high, uint8_t *lines) {
+    const uint8x16_t table = vld1q_u8(high);
+    for (; groups; groups--, from += GROUP_BYTES, lines += GROUP_BF16_BYTES)
+        for (int two = 0; two < 2; two++)
+            for (int granule = 0; granule < 4; granule++) {
+                uint8x16_t codes = vld1q_u8(from + 16 * granule);
+                codes = two ? vshrq_n_u8(codes, 4) : vandq_u8(codes, vdupq_n_u8(15));
+                uint8x16_t said = vqtbl1q_u8(table, codes);
+                uint8x16_t low = vld1q_u8(from + 64 + 64 * two + 16 * granule);
+                vst1q_u8(lines + 128 * two + 16 * granule, vzip1q_u8(low, said));
+                vst1q_u8(lines + 128 * two + 64 + 16 * granule, vzip2q_u8(low, said));
+            }
+}
+
+static const Preparation preparation = {neon_convert_token, neon_quantize_token,
+                                        neon_quantize_strip, NULL, bf16_groups};
 
 #undef KERNEL
 #define KERNEL(name) widening_##name

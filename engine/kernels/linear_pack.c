@@ -1,5 +1,5 @@
 /* Weights into strips and back: from bf16, f16 or f32 of any strides, a range of strips a time. */
-#include "linear.h"
+#include "linear_bf12.h"
 
 /* bf16 of neighbouring columns: no arithmetic, so rows are copied four bytes at a time. */
 static void copy_bf16_rows(const Pack *work, int64_t strip, uint8_t *to) {
@@ -51,31 +51,44 @@ static void gather(const Pack *work, int64_t strip, float *columns) {
     }
 }
 
+/* A strip in bf16's layout. */
+static void copy_strip(const Pack *work, int64_t strip, uint8_t *to) {
+    int64_t bytes = num_chunks(FORMAT_BF16, work->cols) * BF16_CHUNK_BYTES;
+    if (work->rows - strip * STRIP_ROWS < STRIP_ROWS)
+        memset(to, 0, bytes);
+    else if (work->cols % 32)
+        memset(to + bytes - BF16_CHUNK_BYTES, 0, BF16_CHUNK_BYTES);
+    if (work->dtype == BF16 && work->col_stride == 1)
+        copy_bf16_rows(work, strip, to);
+    else
+        copy_bf16(work, strip, to);
+}
+
+/* Room for one strip while it is made: its columns as floats, or its lines of bf16. */
+static void *strip_memory(Pack *work) {
+    void *memory = scratch(SCRATCH_STRIPS, (work->cols + 31) / 32 * 32 * STRIP_ROWS * 4);
+    if (!memory) __atomic_store_n(&work->no_memory, 1, __ATOMIC_RELAXED);
+    return memory;
+}
+
 static void pack_task(void *context, int64_t begin, int64_t end) {
     Pack *work = context;
     const Kernels *kernels = linear_kernels();
     int64_t bytes = strip_bytes(work->format, work->cols);
-    float *columns = NULL;
-    if (work->format != FORMAT_BF16 &&
-        !(columns = scratch(SCRATCH_STRIPS, work->cols * STRIP_ROWS * sizeof(float)))) {
-        __atomic_store_n(&work->no_memory, 1, __ATOMIC_RELAXED);
-        return;
-    }
+    void *memory = work->format == FORMAT_BF16 ? NULL : strip_memory(work);
+    if (work->format != FORMAT_BF16 && !memory) return;
     for (int64_t strip = begin; strip < end; strip++) {
         uint8_t *to = work->strips + strip * bytes;
-        if (work->format != FORMAT_BF16) {
-            gather(work, strip, columns);
-            kernels->prepare->quantize_strip(work->format, columns, work->cols, to);
-            continue;
+        if (work->format == FORMAT_BF16) {
+            copy_strip(work, strip, to);
+        } else if (work->format == FORMAT_BF12) {
+            copy_strip(work, strip, memory);
+            if (!bf12_strip(memory, num_chunks(FORMAT_BF12, work->cols), to))
+                __atomic_store_n(&work->no_room, 1, __ATOMIC_RELAXED);
+        } else {
+            gather(work, strip, memory);
+            kernels->prepare->quantize_strip(work->format, memory, work->cols, to);
         }
-        if (work->rows - strip * STRIP_ROWS < STRIP_ROWS)
-            memset(to, 0, bytes);
-        else if (work->cols % 32)
-            memset(to + bytes - BF16_CHUNK_BYTES, 0, BF16_CHUNK_BYTES);
-        if (work->dtype == BF16 && work->col_stride == 1)
-            copy_bf16_rows(work, strip, to);
-        else
-            copy_bf16(work, strip, to);
     }
 }
 
@@ -97,19 +110,29 @@ static float weight_at(int format, const uint8_t *strip, int64_t k, int row) {
 static void unpack_task(void *context, int64_t begin, int64_t end) {
     Pack *work = context;
     int64_t bytes = strip_bytes(work->format, work->cols);
+    int is_bf12 = work->format == FORMAT_BF12;
+    void *memory = is_bf12 ? strip_memory(work) : NULL;
+    if (is_bf12 && !memory) return;
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *strip = work->strips + row / STRIP_ROWS * bytes;
+        if (is_bf12 && (row == begin || row % STRIP_ROWS == 0))
+            bf16_strip(strip, num_chunks(FORMAT_BF12, work->cols), memory);
         int64_t at = row * work->row_stride;
         for (int64_t k = 0; k < work->cols; k++, at += work->col_stride)
             store_element(work->matrix, at, work->dtype,
-                          weight_at(work->format, strip, k, (int)(row % STRIP_ROWS)));
+                          weight_at(is_bf12 ? FORMAT_BF16 : work->format,
+                                    is_bf12 ? memory : strip, k, (int)(row % STRIP_ROWS)));
     }
 }
 
 int pack(Pack *work) {
-    work->no_memory = 0;
+    work->no_memory = work->no_room = 0;
     parallel_for(num_strips(work->rows), 4, pack_task, work);
-    return !work->no_memory;
+    return !work->no_memory && !work->no_room;
 }
 
-void unpack(Pack *work) { parallel_for(work->rows, STRIP_ROWS, unpack_task, work); }
+int unpack(Pack *work) {
+    work->no_memory = 0;
+    parallel_for(work->rows, STRIP_ROWS, unpack_task, work);
+    return !work->no_memory;
+}

@@ -35,7 +35,8 @@ static PyObject *py_linear(PyObject *module, PyObject *const *args, Py_ssize_t c
     Py_RETURN_NONE;
 }
 
-/* pack(format, rows, cols, strips, matrix, dtype, row_stride, col_stride), and unpack() */
+/* pack(format, rows, cols, strips, matrix, dtype, row_stride, col_stride), and unpack(). False
+ * where bf12 has no room for all the weights that it has to list. */
 static int packing(PyObject *const *args, Py_ssize_t count, Pack *work) {
     int64_t a[8];
     if (!integers(args, count, 8, a)) return 0;
@@ -59,16 +60,18 @@ static PyObject *py_pack(PyObject *module, PyObject *const *args, Py_ssize_t cou
     Py_BEGIN_ALLOW_THREADS
     done = pack(&work);
     Py_END_ALLOW_THREADS
-    if (!done) return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    if (work.no_memory) return PyErr_NoMemory();
+    return PyBool_FromLong(done);
 }
 
 static PyObject *py_unpack(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     Pack work;
+    int done;
     if (!packing(args, count, &work)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    unpack(&work);
+    done = unpack(&work);
     Py_END_ALLOW_THREADS
+    if (!done) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 

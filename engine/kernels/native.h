@@ -12,7 +12,7 @@
 
 /* Of what Python hands over and what lies packed on disks: raised, here and in native.py, whenever
  * arguments, structures or layouts change, so that neither meets the other of another version. */
-enum { KERNELS_VERSION = 3 };
+enum { KERNELS_VERSION = 4 };
 
 /* Element types, by the numbers that `engine.kernels.native.DTYPES` gives them. I8 is only for keys
  * and values in memory: attention_int8.h. */

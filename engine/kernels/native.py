@@ -28,7 +28,7 @@ CHOICES: Final = (
 
 
 # As in native.h.
-VERSION: Final = 3
+VERSION: Final = 4
 
 
 def _compiled() -> tuple[Any, str]:
@@ -133,6 +133,11 @@ def name() -> str:
 def description() -> str:
     """`name()`, and where torch computes because something is amiss, what that is."""
     return name() if library is not None or _built is not None else f"{name()}, since {_why_not}"
+
+
+def reads_bf12_best() -> bool:
+    """Whether the kernels in use multiply by bf12 as it lies, not by way of bf16."""
+    return library is not None and "bf16" in name()
 
 
 def set_threads(threads: int) -> None:

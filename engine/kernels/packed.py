@@ -20,8 +20,9 @@ from torch.nn.functional import linear
 
 from engine.kernels import native, packed_torch
 from engine.kernels.native import DTYPES
+from engine.kernels.packed_bf12 import DoesNotFit
 
-FORMATS: Final = ("bf16", "int8", "int4")
+FORMATS: Final = ("bf16", "int8", "int4", "bf12")
 STRIP_ROWS: Final = 16
 # Changes whenever the same weights would be packed into other bytes.
 LAYOUT_VERSION: Final = 1
@@ -29,15 +30,20 @@ LAYOUT_VERSION: Final = 1
 # What one entry of the processor's table of addresses covers at most, on x86-64 and most of Arm.
 HUGE_PAGE: Final = 2 * 2**20
 
-_CHUNK_COLS: Final = {"bf16": 32, "int8": 64, "int4": 64}
-_CHUNK_BYTES: Final = {"bf16": 1024, "int8": 1024, "int4": 576}
-_HEAD_BYTES: Final = {"bf16": 0, "int8": 64, "int4": 0}
+_CHUNK_COLS: Final = {"bf16": 32, "int8": 64, "int4": 64, "bf12": 32}
+_CHUNK_BYTES: Final = {"bf16": 1024, "int8": 1024, "int4": 576, "bf12": 768}
+_HEAD_BYTES: Final = {"bf16": 0, "int8": 64, "int4": 0, "bf12": 64}
+_LINE_BYTES: Final = 64
+_LISTED_BYTES: Final = 8
 
 
 def strip_bytes(format: str, cols: int) -> int:
     """What 16 rows of a packed matrix take."""
     chunks = -(-cols // _CHUNK_COLS[format])
-    return _HEAD_BYTES[format] + chunks * _CHUNK_BYTES[format]
+    num_bytes = _HEAD_BYTES[format] + chunks * _CHUNK_BYTES[format]
+    if format == "bf12":  # room to list weights that have no code: two a chunk, and eight
+        num_bytes += -(-(2 * chunks + 8) * _LISTED_BYTES // _LINE_BYTES) * _LINE_BYTES
+    return num_bytes
 
 
 class PackedMatrix:
@@ -127,9 +133,11 @@ class PackedMatrix:
         if library is None or not weight.is_cpu or not self.data.is_cpu:
             packed_torch.pack(weight, self.format, self.data)
             return
-        library.pack(
+        fits = library.pack(
             *self._call, weight.data_ptr(), DTYPES[weight.dtype], *weight.stride()
         )  # fmt: skip
+        if not fits:
+            raise DoesNotFit(f"too many high bytes for {self}")
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """(rows, cols) that the packed weights stand for, a copy."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from engine.kernels import packed_bf12
+
 # Where the weight of largest magnitude of a group is tried to be put (linear_lanes.h).
 _STEPS: Final = (-8.0, -7.0, -7.5, -8.5, -9.0, -9.5, 7.0, 7.5, 8.0)
 _PACK_BYTES: Final = 64 * 2**20  # of float32 that are packed at a time
@@ -48,6 +50,16 @@ def _pack_bf16(weight: Tensor) -> Tensor:
 def _unpack_bf16(data: Tensor, dtype: torch.dtype) -> Tensor:
     pairs = torch.unflatten(data.contiguous().view(torch.bfloat16), 1, (-1, 16, 2))
     return pairs.transpose(1, 2).flatten(2).to(dtype)
+
+
+def _pack_bf12(weight: Tensor) -> Tensor:
+    return packed_bf12.pack(_pack_bf16(weight).cpu()).to(weight.device)
+
+
+def _unpack_bf12(data: Tensor, dtype: torch.dtype) -> Tensor:
+    # Head and list of a strip of n chunks take 128 + 16 n bytes, in whole lines.
+    chunks = (data.shape[1] - 128) // (768 + 16)
+    return _unpack_bf16(packed_bf12.unpack(data.cpu(), chunks).to(data.device), dtype)
 
 
 def _pack_int8(weight: Tensor) -> Tensor:
@@ -126,5 +138,10 @@ def int4_parts(data: Tensor) -> tuple[Tensor, Tensor]:
     return rows, scales.permute(0, 2, 1, 3).reshape(len(rows), -1)
 
 
-_PACKERS: Final = {"bf16": _pack_bf16, "int8": _pack_int8, "int4": _pack_int4}
-_UNPACKERS: Final = {"bf16": _unpack_bf16, "int8": _unpack_int8, "int4": _unpack_int4}
+_PACKERS: Final = {"bf16": _pack_bf16, "bf12": _pack_bf12, "int8": _pack_int8, "int4": _pack_int4}
+_UNPACKERS: Final = {
+    "bf16": _unpack_bf16,
+    "bf12": _unpack_bf12,
+    "int8": _unpack_int8,
+    "int4": _unpack_int4,
+}

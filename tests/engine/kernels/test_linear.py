@@ -36,7 +36,9 @@ def test_every_number_of_tokens_is_multiplied_as_the_packed_weights_say(kernels,
             x = torch.randn(tokens, cols).bfloat16()
             y = packed.matmul(x, out=torch.empty(tokens, rows))
             # With fused multiply-add a tie in rounding a token may fall the other way.
-            assert_close(y, expected(x, weight, format), 2e-5 if format == "bf16" else 1e-2)
+            assert_close(
+                y, expected(x, weight, format), 2e-5 if format in ("bf16", "bf12") else 1e-2
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +173,7 @@ def test_without_kernels_torch_gives_the_same(format):
 
 def expected(x: Tensor, weight: Tensor, format: str) -> Tensor:
     """In double precision, with the tokens as the kernels round them."""
-    return (x if format == "bf16" else rounded_to_8_bits(x)).double() @ weight.double().T
+    return (x if format in ("bf16", "bf12") else rounded_to_8_bits(x)).double() @ weight.double().T
 
 
 def rounded_to_8_bits(x: Tensor) -> Tensor:

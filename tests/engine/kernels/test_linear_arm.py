@@ -17,7 +17,9 @@ from engine.kernels.packed import FORMATS, PackedMatrix
 SOURCES = Path(__file__).parents[3] / "engine" / "kernels"
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 LACKING = [it for it in (COMPILER, EMULATOR) if shutil.which(it) is None]
-C_FILES = ("cpu", "threads", "linear", "linear_pack", "linear_portable", "linear_neon")
+C_FILES = (
+    "cpu", "threads", "linear", "linear_bf12", "linear_pack", "linear_portable", "linear_neon",
+)  # fmt: skip
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() == "aarch64", reason="runs as this machine's own"),

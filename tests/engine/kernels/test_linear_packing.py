@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from engine.kernels import native
-from engine.kernels.packed import FORMATS, HUGE_PAGE, PackedMatrix
+from engine.kernels.packed import FORMATS, HUGE_PAGE, DoesNotFit, PackedMatrix
 
 ALL = native.available()
 # Of normally distributed weights, relative to their norm.
-ERRORS = {"bf16": 0.002, "int8": 0.009, "int4": 0.085}
+ERRORS = {"bf16": 0.002, "bf12": 0.002, "int8": 0.009, "int4": 0.085}
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +60,9 @@ def test_the_source_may_have_any_strides(kernels, format, dtype):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_bfloat16_comes_back_bit_for_bit_from_bf16_and_zeros_from_all(format):
+def test_bfloat16_comes_back_bit_for_bit_from_16_bits_and_zeros_from_all(format):
     weight = torch.randn(40, 70).bfloat16()
-    if format == "bf16":
+    if format in ("bf16", "bf12"):
         assert torch.equal(PackedMatrix.pack(weight, format).unpack(torch.bfloat16), weight)
     zeros = PackedMatrix.pack(torch.zeros(40, 70), format)
     assert not zeros.unpack(torch.float32).any()
@@ -116,3 +116,41 @@ def test_large_matrices_begin_at_a_huge_page_and_hold_no_more_than_their_size():
     joined = PackedMatrix.concatenated([packed, packed])
     assert joined.data.data_ptr() % HUGE_PAGE == 0
     assert joined.rows == 4096
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_12_bits_hold_zeros_outliers_tiny_weights_and_what_is_no_number_exactly(kernels):
+    native.choose(kernels)
+    for rows, cols in ((16, 32), (37, 300), (130, 2048)):
+        plain = (torch.randn(rows, cols) * 0.02).bfloat16()
+        pruned = torch.where(torch.rand(rows, cols) < 0.5, -0.0, plain)
+        odd = plain.clone()
+        few = torch.rand(rows, cols) < 1 / 1024
+        odd[few] *= torch.where(torch.rand(int(few.sum())) < 0.5, 1e6, 1e-9).bfloat16()
+        odd[0, :4] = torch.tensor([torch.inf, -torch.inf, 1e-40, -0.0])
+        for weight in (plain, pruned, odd):
+            packed = PackedMatrix.pack(weight, "bf12")
+            if cols == 2048 and rows % 16 == 2:  # nine strips for 130 rows
+                assert packed.data.numel() < 0.78 * 144 * cols * 2
+            same = packed.unpack(torch.bfloat16)
+            assert torch.equal(same.view(torch.int16), weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_weights_of_all_sizes_at_once_do_not_fit_12_bits(kernels):
+    native.choose(kernels)
+    anything = torch.randint(-(2**15), 2**15, (32, 256), dtype=torch.int16).view(torch.bfloat16)
+    with pytest.raises(DoesNotFit):
+        PackedMatrix.pack(anything, "bf12")
+
+
+@pytest.mark.parametrize("kernels", ALL)
+def test_a_list_of_12_bits_that_was_damaged_leads_nowhere_else(kernels):
+    native.choose(kernels)
+    packed = PackedMatrix.pack(torch.randn(16, 64).bfloat16(), "bf12")
+    packed.data[16:] = 255  # says 2**32 - 1 listed weights, at places beyond the matrix
+    packed.unpack(torch.float32)
+    packed.data[16:20] = torch.tensor([12, 0, 0, 0], dtype=torch.uint8)
+    packed.unpack(torch.float32)
+    for tokens in (1, 4, 40):
+        packed.matmul(torch.randn(tokens, 64).bfloat16())
