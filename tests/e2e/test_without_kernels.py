@@ -17,6 +17,7 @@ def test_the_torch_path_gives_the_same_text_and_is_named_at_the_start() -> None:
                 stack.enter_context(
                     WorkerProcess(
                         *("--sections", "2", "--index", str(index), "--dtype", "bfloat16"),
+                        *("--compress", "off" if index else "on"),
                         env={"COMBOIO_KERNELS": kernels},
                         wait=False,
                     )
@@ -34,4 +35,6 @@ def test_the_torch_path_gives_the_same_text_and_is_named_at_the_start() -> None:
             said.append(json.loads(run.stdout)["token_ids"])
             line = workers[0].wait_for_stderr("kernels: ")
             assert line.rstrip().endswith("kernels: torch") == (kernels == "torch")
+            if kernels != "torch":
+                workers[0].wait_for_stderr("weights of 16 bits are held in 12, exactly")
     assert said[0] == said[1]

@@ -131,6 +131,7 @@ def test_help_and_version_and_a_bad_option_import_no_torch() -> None:
         (["--dtype", "int3"], "--dtype int3: it must be one of auto, float32, bfloat16, float16."),
         (["--device", "tpu"], "--device tpu: it must be auto, cpu, cuda or cuda:K."),
         (["--quantize", "int7"], "--quantize int7: it must be one of none, int8, int4."),
+        (["--compress", "yes"], "--compress yes: it must be one of auto, on, off."),
         (["--kv-quantize", "int4"], "--kv-quantize int4: it must be one of none, int8."),
         (
             ["--cuda-graphs", "on"],
