@@ -113,6 +113,8 @@ static void multiply(const Linear *work, const Panel *panel, int64_t strip, int 
     const Tokens *x = work->blocks + block;
     if (panel->format == FORMAT_BF16 && kernels->dot_2x2 && strips == 2 && blocks == 2)
         kernels->dot_2x2(both, x, out[0][0]);
+    else if (panel->format == FORMAT_BF12 && kernels->bf12_two && strips == 2)
+        kernels->bf12_two(both, x, (float *const[2]){out[0][0], out[1][0]});
     else
         for (int s = 0; s < strips; s++)
             for (int b = 0; b < blocks; b++)

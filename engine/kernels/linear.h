@@ -100,6 +100,8 @@ typedef struct {
     Dot dot[FORMATS];  /* by format; NULL for bf12: by way of bf16 */
     /* Two strips and two blocks of equally many tokens; NULL: four calls of dot[BF16]. */
     void (*dot_2x2)(const uint8_t *strips[2], const Tokens x[2], float *out /* [2][2][16][16] */);
+    /* Two strips of bf12 at once; NULL: one after the other. */
+    void (*bf12_two)(const uint8_t *const strips[2], const Tokens *x, float *const out[2]);
     /* y of `tokens` tokens from `first` on and 16 rows from `row` on, bias and residual added;
      * NULL: one by one. */
     void (*store)(const Linear *work, int64_t row, int64_t first, int64_t tokens,

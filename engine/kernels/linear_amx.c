@@ -10,10 +10,10 @@
 #include "tiles.h"
 
 /* Fewer tokens than this are AVX-512's. */
-enum { TILE_TOKENS_BF16 = 6, TILE_TOKENS_BF12 = 2, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
+enum { TILE_TOKENS_BF16 = 6, TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 8 };
 /* A tile is loaded at once, so its lines are asked for at once: from so near that the next chunks'
  * do not fill all buffers of the first-level cache. */
-enum { TILE_PREFETCH_BYTES = 1024 };
+enum { TILE_PREFETCH_BYTES = 1024, LATER_BYTES = 3072 };
 /* Tiles 0-3 are sums, 4 and 5 tokens, 6 and 7 weights. */
 TARGET_AMX static void enter(int format, int tokens) {
     int deep = format == FORMAT_INT4 ? 8 : 16; /* int4 has a scale every 8 x 4 columns */
@@ -36,7 +36,7 @@ TARGET_AMX INLINE void prefetch(const uint8_t *from, int lines) {
 /* What is soon needed into the first-level cache, what is needed later into the second. */
 TARGET_AMX INLINE void ask_twice(const uint8_t *line) {
     _mm_prefetch(line + TILE_PREFETCH_BYTES, _MM_HINT_T0);
-    _mm_prefetch(line + PREFETCH_BYTES, _MM_HINT_T1);
+    _mm_prefetch(line + LATER_BYTES, _MM_HINT_T1);
 }
 
 TARGET_AMX static void bf16_dot(const uint8_t *strip, const Tokens *x, float *out) {
@@ -269,52 +269,60 @@ TARGET_AMX INLINE void widen_chunk(const uint8_t *from, __m512i high, uint8_t *t
 }
 
 /* Chunks become tiles so far ahead of the tile that is loaded. */
-enum { TILES_AHEAD = 4, TILES_KEPT = 8 };
+enum { TILES_AHEAD = 2, TILES_KEPT = 4 };
 
-TARGET_AMX static void bf12_dot(const uint8_t *strip, const Tokens *x, float *out) {
-    if (x->tokens < TILE_TOKENS_BF12) {
-        avx512_bf16_kernels.dot[FORMAT_BF12](strip, x, out);
-        return;
-    }
-    uint8_t tiles[TILES_KEPT][BF16_CHUNK_BYTES] __attribute__((aligned(64)));
+/* One strip, or two side by side: the memory gives two streams more than one. Each strip has one
+ * sum, so that its result is the same alone and beside another. */
+TARGET_AMX INLINE void bf12_sums(const uint8_t *const strips[], const int count, const Tokens *x,
+                                 float *const out[]) {
+    uint8_t tiles[TILES_KEPT][2][BF16_CHUNK_BYTES] __attribute__((aligned(64)));
     float sums[2][MAX_TOKENS][16] __attribute__((aligned(64)));
-    const __m512i high = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strip));
     const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
-    const uint8_t *from = strip + BF12_HEAD_BYTES, *token = x->x;
-    int64_t ahead = 0, chunk = 0;
+    const uint8_t *from[2], *token = x->x;
+    __m512i high[2];
+    for (int s = 0; s < count; s++) {
+        high[s] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strips[s]));
+        from[s] = strips[s] + BF12_HEAD_BYTES;
+    }
     _tile_zero(0);
     _tile_zero(1);
-    for (; ahead < TILES_AHEAD && ahead < chunks; ahead++, from += BF12_CHUNK_BYTES)
-        widen_chunk(from, high, tiles[ahead]);
-#define ONE(sum, a, b)                                    \
-    written(tiles);                                       \
-    _tile_loadd(b, tiles[chunk++ % TILES_KEPT], 64);      \
-    _tile_loadd(a, token, stride);                        \
-    _tile_dpbf16ps(sum, a, b);                            \
-    token += step;
-    for (; ahead + 2 <= chunks; ahead += 2, from += 2 * BF12_CHUNK_BYTES) {
-        widen_chunk(from, high, tiles[ahead % TILES_KEPT]);
-        ONE(0, 4, 6)
-        widen_chunk(from + BF12_CHUNK_BYTES, high, tiles[(ahead + 1) % TILES_KEPT]);
-        ONE(1, 5, 7)
+    for (int64_t chunk = -TILES_AHEAD; chunk < chunks; chunk++) {
+        int64_t ahead = chunk + TILES_AHEAD;
+        for (int s = 0; ahead < chunks && s < count; s++, from[s - 1] += BF12_CHUNK_BYTES)
+            widen_chunk(from[s], high[s], tiles[ahead % TILES_KEPT][s]);
+        if (chunk < 0) continue;
+        written(tiles);
+        _tile_loadd(4, token, stride);
+        _tile_loadd(6, tiles[chunk % TILES_KEPT][0], 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (count == 2) {
+            _tile_loadd(7, tiles[chunk % TILES_KEPT][1], 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        token += step;
     }
-    if (ahead < chunks) widen_chunk(from, high, tiles[ahead % TILES_KEPT]);
-    while (chunk < chunks) {
-        ONE(0, 4, 6)
-    }
-#undef ONE
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
-    for (int t = 0; t < x->tokens; t++)
-        _mm512_storeu_ps(out + t * 16,
-                         _mm512_add_ps(_mm512_load_ps(sums[0][t]), _mm512_load_ps(sums[1][t])));
-    add_listed(strip, x, out);
+    for (int s = 0; s < count; s++) {
+        memcpy(out[s], sums[s], x->tokens * sizeof *sums[s]);
+        add_listed(strips[s], x, out[s]);
+    }
+}
+
+TARGET_AMX static void bf12_dot(const uint8_t *strip, const Tokens *x, float *out) {
+    bf12_sums(&strip, 1, x, &out);
+}
+
+TARGET_AMX static void bf12_two(const uint8_t *const strips[2], const Tokens *x,
+                                float *const out[2]) {
+    bf12_sums(strips, 2, x, out);
 }
 
 const Kernels amx_kernels = {
     .prepare = &avx512_preparation,
     .dot = {bf16_dot, int8_dot, int4_dot, bf12_dot},
     .dot_2x2 = dot_2x2,
+    .bf12_two = bf12_two,
     .store = avx512_store,
     .enter = enter,
     .leave = leave,
