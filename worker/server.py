@@ -103,8 +103,8 @@ class Server:
 
     async def run(self) -> bool:
         """From start to end; True if torch's thread is idle at the end."""
+        self._heed_signals()  # first: who reads that it listens may end it at once
         listener = await self._bind()
-        self._heed_signals()
         try:
             await self._show_metrics()
             stage = await self._load_or_stop()
