@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.kv import BLOCK_TOKENS, BlockCache, KvSpan, Site
 from engine.masks import Rule
+from engine.torch_attention import capped, softmax
 
 if TYPE_CHECKING:
     from engine.attention import CallSettings, StageRun
@@ -208,14 +209,8 @@ def _attend_gathered(
         )
         return result.reshape(count, heads, -1)
     scores = torch.matmul(folded, keys.transpose(2, 3)) * settings.scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float() + mask
-    if sinks is not None:
-        sink = sinks.float().view(1, kv_heads, -1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=-1)
+    scores = capped(scores, softcap).float() + mask
+    weights = softmax(scores, None if sinks is None else sinks.view(1, kv_heads, -1, 1))
     return torch.matmul(weights.to(values.dtype), values).reshape(count, heads, -1)
 
 

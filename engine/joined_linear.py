@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from engine.packed_linear import FUSED, fusable
+from engine.packed_linear import fusable
 
 
 class JoinedWeight:
@@ -61,8 +61,7 @@ def join_siblings(modules: Iterable[nn.Module]) -> int:
             if type(it) is nn.Linear and not it.weight.is_meta
         }
         found = {}
-        for names in list(fusable(parent, plain)):
-            name = next(key for key, value in FUSED.items() if value == names)
+        for name, names in list(fusable(parent, plain)):
             found[name] = _join([parent.get_submodule(it) for it in names])
         if found:
             parent.__dict__["_joined"] = found

@@ -164,18 +164,20 @@ def fused_of(parent: nn.Module) -> dict[str, Fused]:
     return found
 
 
-def fusable(parent: nn.Module, is_packed: Mapping[nn.Module, str]) -> Iterator[tuple[str, ...]]:
-    """The names of each group of a module's children that may share a matrix.
+def fusable(
+    parent: nn.Module, is_packed: Mapping[nn.Module, str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each group of a module's children that may share a matrix: its name in FUSED, and theirs.
 
     Args:
         is_packed: the modules that will be packed, and in which format.
     """
-    for names in FUSED.values():
-        members: Sequence[Any] = [parent._modules.get(name) for name in names]
+    for name, names in FUSED.items():
+        members: Sequence[Any] = [parent._modules.get(it) for it in names]
         if any(it is None or it not in is_packed for it in members):
             continue
         if not all(isinstance(it, nn.Linear) for it in members):
             continue
         same = {(it.in_features, it.bias is None, is_packed[it]) for it in members}
         if len(same) == 1 and all(it.out_features % STRIP_ROWS == 0 for it in members):
-            yield names
+            yield name, names

@@ -20,7 +20,6 @@ from engine.experts import PackedExperts, can_pack
 from engine.kernels import native
 from engine.kernels.packed import PackedMatrix
 from engine.packed_linear import (
-    FUSED,
     Fused,
     Packed,
     PackedLinear,
@@ -141,8 +140,8 @@ def put_packed(
         else:
             _count_left(parts, path, module)
     for parent in {_parent(model, path): None for path in paths.values()}:
-        for names in list(fusable(parent, formats)):
-            _put_fused(parent, names, formats, parts, paths, device)
+        for name, names in list(fusable(parent, formats)):
+            fused_of(parent)[name] = _put_fused(parent, names, formats, parts, paths, device)
     for module, path in paths.items():
         if path not in parts.modules:
             rows, cols = linear_shape(module)[::-1]
@@ -243,7 +242,7 @@ def _put_fused(
     parts: PackedParts,
     paths: dict[nn.Module, str],
     device: torch.device,
-) -> None:
+) -> Fused:
     told: list[Any] = [parent._modules[name] for name in names]
     sizes = tuple(it.out_features for it in told)
     matrix = PackedMatrix.allocate(formats[told[0]], sum(sizes), told[0].in_features, device)
@@ -254,9 +253,8 @@ def _put_fused(
         parts.modules[paths[it]] = member
         members.append(member)
     together = Fused(matrix, sizes, tuple(members))
-    name = next(key for key, value in FUSED.items() if value == names)
-    fused_of(parent)[name] = together
     parts.fused.append(together)
+    return together
 
 
 def _packed(module: nn.Module, matrix: PackedMatrix) -> PackedLinear:

@@ -363,7 +363,8 @@ def load_stage(
     except DoesNotFit as exc:
         log.warning("weights are held in 16 bits, since 12 cannot hold them: %s", exc)
         packing = choose_packing(quantize, quantize_head, chosen, where, "off")
-        return _make_some_stage(replace(loader, packing=packing), chosen, asked)
+    # Out here, where what was packed in vain is in memory no more.
+    return _make_some_stage(replace(loader, packing=packing), chosen, asked)
 
 
 def _make_some_stage(loader: _Loader, dtype: torch.dtype, asked: Asked) -> Stage:

@@ -103,17 +103,24 @@ def _attend_explicitly(
         high = min(low + rows, num_queries)
         part = queries[:, low:high].reshape(kv_heads, group * (high - low), -1)
         scores = torch.matmul(part, keys.transpose(1, 2)) * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.view(heads, high - low, num_keys).float()
+        scores = capped(scores, softcap).view(heads, high - low, num_keys).float()
         if num_queries > 1:  # a lone query sees all: the span was cut for its position
             mask = visible.mask(low, high, num_keys, queries.device)
             scores = scores.masked_fill(~mask, float("-inf"))
-        if sinks is not None:
-            sink = sinks.float().view(heads, 1, 1).expand(heads, high - low, 1)
-            weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-        else:
-            weights = torch.softmax(scores, dim=-1)
+        weights = softmax(scores, None if sinks is None else sinks.view(heads, 1, 1))
         weights = weights.to(values.dtype).view(kv_heads, group * (high - low), num_keys)
         parts.append(torch.matmul(weights, values).view(heads, high - low, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores that stay between -softcap and softcap."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of float32 scores (..., s); sinks, (..., 1), take a share that nobody gets."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sink = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]

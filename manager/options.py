@@ -111,20 +111,30 @@ MODEL: Final = click.option(
 SPAWN: Final = click.option(
     "--spawn", type=int, metavar="N", help="Start N workers here, for this call only."
 )
-QUANTIZE: Final = click.option(
-    "--quantize",
-    type=click.Choice(["none", "int8", "int4"]),
-    default="none",
-    show_default=True,
-    help="With --spawn: round the weights to so many bits.",
-)
-KV_QUANTIZE: Final = click.option(
-    "--kv-quantize",
-    type=click.Choice(["none", "int8"]),
-    default="none",
-    show_default=True,
-    help="With --spawn: round keys and values to so many bits.",
-)
+
+
+def _quantize_option(help: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--quantize",
+        type=click.Choice(["none", "int8", "int4"]),
+        default="none",
+        show_default=True,
+        help=help,
+    )
+
+
+def _kv_quantize_option(help: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--kv-quantize",
+        type=click.Choice(["none", "int8"]),
+        default="none",
+        show_default=True,
+        help=help,
+    )
+
+
+QUANTIZE: Final = _quantize_option("With --spawn: round the weights to so many bits.")
+KV_QUANTIZE: Final = _kv_quantize_option("With --spawn: round keys and values to so many bits.")
 TRACE: Final = click.option(
     "--trace",
     type=click.Path(path_type=Path),
@@ -227,6 +237,13 @@ def connection_options(command: Command) -> Command:
     for option in reversed(OPTIONS):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[no-any-return]
+
+
+def precision_options(command: Command) -> Command:
+    """--dtype, --quantize and --kv-quantize of workers that somebody else will start."""
+    as_told = "As the workers will be told."
+    command = _quantize_option(as_told)(_kv_quantize_option(as_told)(command))
+    return click.option("--dtype", default="auto", show_default=True, help=as_told)(command)
 
 
 def _choose_backend(value: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 
 from engine import lean_imports
+from manager.options import precision_options
 from manager.tables import size, table
 from proto.errors import UsageError
 
@@ -58,21 +59,7 @@ class ModelPlan:
 @click.command()
 @click.option("--model", metavar="DIR|HUB_ID", help="Checkpoint. Default: the demo model.")
 @click.option("--sections", type=int, required=True, metavar="N", help="Over how many workers.")
-@click.option("--dtype", default="auto", show_default=True, help="As the workers will be told.")
-@click.option(
-    "--quantize",
-    type=click.Choice(["none", "int8", "int4"]),
-    default="none",
-    show_default=True,
-    help="As the workers will be told.",
-)
-@click.option(
-    "--kv-quantize",
-    type=click.Choice(["none", "int8"]),
-    default="none",
-    show_default=True,
-    help="As the workers will be told.",
-)
+@precision_options
 @click.option(
     "--context",
     type=int,

@@ -63,28 +63,17 @@ class WorkerConfig:
         self._check_slice()
         self._check_adapters()
         self._check_device()
-        if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype}: it must be one of {', '.join(DTYPES)}.")
-        if self.quantize not in QUANTIZATIONS:
-            choices = ", ".join(QUANTIZATIONS)
-            raise UsageError(f"--quantize {self.quantize}: it must be one of {choices}.")
-        if self.quantize_head not in HEADS:
-            choices = ", ".join(HEADS)
-            raise UsageError(f"--quantize-head {self.quantize_head}: it must be one of {choices}.")
+        _check_choice("--dtype", self.dtype, DTYPES)
+        _check_choice("--quantize", self.quantize, QUANTIZATIONS)
+        _check_choice("--quantize-head", self.quantize_head, HEADS)
         if self.quantize_head != "auto" and self.quantize == "none":
             raise UsageError(
                 f"--quantize-head {self.quantize_head} means nothing where no weights are "
                 "quantized: pass --quantize int8 or int4 as well."
             )
-        if self.compress not in COMPRESSIONS:
-            choices = ", ".join(COMPRESSIONS)
-            raise UsageError(f"--compress {self.compress}: it must be one of {choices}.")
-        if self.kv_quantize not in KV_QUANTIZATIONS:
-            choices = ", ".join(KV_QUANTIZATIONS)
-            raise UsageError(f"--kv-quantize {self.kv_quantize}: it must be one of {choices}.")
-        if self.cuda_graphs not in CUDA_GRAPHS:
-            choices = ", ".join(CUDA_GRAPHS)
-            raise UsageError(f"--cuda-graphs {self.cuda_graphs}: it must be one of {choices}.")
+        _check_choice("--compress", self.compress, COMPRESSIONS)
+        _check_choice("--kv-quantize", self.kv_quantize, KV_QUANTIZATIONS)
+        _check_choice("--cuda-graphs", self.cuda_graphs, CUDA_GRAPHS)
         if self.cache_bytes < 1:
             raise UsageError("--cache-size 0 keeps nothing: pass --no-cache instead.")
         if self.threads is not None and self.threads < 1:
@@ -154,6 +143,11 @@ class WorkerConfig:
             ":" in self.device and (kind != "cuda" or not number.isdigit())
         ):
             raise UsageError(f"--device {self.device}: it must be auto, cpu, cuda or cuda:K.")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option} {value}: it must be one of {', '.join(choices)}.")
 
 
 def is_loopback(host: str) -> bool:

@@ -85,10 +85,39 @@ class DeviceMatrix(PackedMatrix):
         return f"DeviceMatrix({self.format}, {self.rows} x {self.cols})"
 
 
-class Int8Matrix(DeviceMatrix):
-    """A byte a weight, row by row, and a scale for each row."""
+class ScaledMatrix(DeviceMatrix):
+    """Whole numbers and their scales, as one of the operators has them."""
 
     __slots__ = ("_operators", "_scales")
+
+    def __init__(
+        self,
+        format: str,
+        operators: Operators,
+        rows: int,
+        cols: int,
+        data: Tensor,
+        scales: Tensor,
+        most_tokens: int,
+    ) -> None:
+        super().__init__(format, rows, cols, most_tokens)
+        self._operators, self.data, self._scales = operators, data, scales
+
+    @property
+    def num_bytes(self) -> int:
+        """Held in memory."""
+        return self.data.nbytes + self._scales.nbytes
+
+    def release(self) -> None:
+        """Let go of the weights and scales."""
+        super().release()
+        self._scales = self._scales.new_empty(0)
+
+
+class Int8Matrix(ScaledMatrix):
+    """A byte a weight, row by row, and a scale for each row."""
+
+    __slots__ = ()
 
     def __init__(
         self,
@@ -104,8 +133,7 @@ class Int8Matrix(DeviceMatrix):
             data: int8, contiguous, `rows` and `cols` or more, filled up with zeros.
             scales: float32, one for each row of `data`.
         """
-        super().__init__("int8", rows, cols, most_tokens)
-        self._operators, self.data, self._scales = operators, data, scales
+        super().__init__("int8", operators, rows, cols, data, scales, most_tokens)
 
     @classmethod
     def of(cls, packed: PackedMatrix, operators: Operators) -> Int8Matrix:
@@ -114,16 +142,6 @@ class Int8Matrix(DeviceMatrix):
         whole, scales = packed_torch.int8_parts(strips)
         data = whole.contiguous().bitwise_xor_(128).view(torch.int8)  # number - 128
         return cls(operators, packed.rows, packed.cols, data, scales)
-
-    @property
-    def num_bytes(self) -> int:
-        """Held in memory."""
-        return self.data.numel() + self._scales.numel() * 4
-
-    def release(self) -> None:
-        """Let go of the weights and scales."""
-        super().release()
-        self._scales = self._scales.new_empty(0)
 
     def part(self, row_start: int, row_stop: int) -> PackedMatrix:
         """Rows [row_start, row_stop) of the same memory."""
@@ -158,13 +176,13 @@ class Int8Matrix(DeviceMatrix):
         return (y * self._scales[: self.rows]).to(x.dtype)
 
 
-class Int4Matrix(DeviceMatrix):
+class Int4Matrix(ScaledMatrix):
     """Four bits a weight in an operator's order, a scale and a zero for each 32 columns of a row.
 
     The zero is always 0, but the operator reads one: 5 bits a weight, where packed ones have 4.5.
     """
 
-    __slots__ = ("_operators", "_order", "_scales")
+    __slots__ = ("_order",)
 
     def __init__(
         self,
@@ -181,8 +199,8 @@ class Int4Matrix(DeviceMatrix):
             data: what the operator made of the numbers, in whole tiles.
             scales: (groups, rows in whole tiles, 2) bfloat16, scale and zero.
         """
-        super().__init__("int4", rows, cols, most_tokens)
-        self._operators, self._order, self.data, self._scales = operators, order, data, scales
+        super().__init__("int4", operators, rows, cols, data, scales, most_tokens)
+        self._order = order
 
     @classmethod
     def of(cls, packed: PackedMatrix, operators: Operators, order: Order) -> Int4Matrix:
@@ -202,16 +220,6 @@ class Int4Matrix(DeviceMatrix):
         both = torch.cat(scales).t().unsqueeze(2)
         both = torch.cat([both, torch.zeros_like(both)], dim=2).contiguous()
         return cls(operators, order, packed.rows, packed.cols, torch.cat(parts), both)
-
-    @property
-    def num_bytes(self) -> int:
-        """Held in memory."""
-        return self.data.numel() * self.data.element_size() + self._scales.numel() * 2
-
-    def release(self) -> None:
-        """Let go of the weights and scales."""
-        super().release()
-        self._scales = self._scales.new_empty(0)
 
     def part(self, row_start: int, row_stop: int) -> PackedMatrix:
         """Rows [row_start, row_stop) of the same memory."""

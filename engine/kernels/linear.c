@@ -48,14 +48,15 @@ static void lay_out(const Linear *work, int64_t first, int tokens, uint8_t *memo
                     Tokens *block) {
     const Kernels *kernels = work->kernels;
     const Preparation *prepare = kernels->prepare;
+    int floats = is_bf16(work->format);
     int64_t chunks = num_chunks(work->format, work->cols);
-    int as_float = is_bf16(work->format) ? kernels->bf16_as_float : kernels->ints_as_float;
+    int as_float = floats ? kernels->bf16_as_float : kernels->ints_as_float;
     const uint8_t *from = work->x + first * work->x_stride;
     block->tokens = tokens;
     block->chunks = chunks;
-    block->token_stride = chunk_columns(work->format) * (as_float ? 4 : is_bf16(work->format) ? 2 : 1);
+    block->token_stride = chunk_columns(work->format) * (as_float ? 4 : floats ? 2 : 1);
     block->chunk_stride = tokens * block->token_stride;
-    if (is_bf16(work->format) && !as_float && work->x_dtype == BF16 && work->cols % 32 == 0 && tokens == 1) {
+    if (floats && !as_float && work->x_dtype == BF16 && work->cols % 32 == 0 && tokens == 1) {
         block->x = from; /* as it stands; more tokens would compete for the same cache lines */
         return;
     }
@@ -68,7 +69,7 @@ static void lay_out(const Linear *work, int64_t first, int tokens, uint8_t *memo
     block->offset = offset;
     for (int t = 0; t < tokens; t++, from += work->x_stride) {
         uint8_t *to = memory + t * block->token_stride;
-        if (is_bf16(work->format))
+        if (floats)
             prepare->convert_token(from, work->x_dtype, work->cols, as_float, to,
                                    block->chunk_stride);
         else

@@ -250,7 +250,6 @@ TARGET_AMX static void int4_dot(const uint8_t *strip, const Tokens *x, float *ou
 
 /* A chunk of bf12 as a tile of bf16. */
 TARGET_AMX INLINE void widen_chunk(const uint8_t *from, __m512i high, uint8_t *tile) {
-    const __m512i half = _mm512_set1_epi8(15);
     for (int group = 0; group < GROUPS; group++, from += GROUP_BYTES) {
         ask_twice(from);
         __m512i codes = _mm512_loadu_si512(from);
@@ -258,11 +257,10 @@ TARGET_AMX INLINE void widen_chunk(const uint8_t *from, __m512i high, uint8_t *t
         for (int two = 0; two < 2; two++, tile += 128) {
             const uint8_t *line = from + 64 + 64 * two;
             ask_twice(line);
-            __m512i low = _mm512_loadu_si512(line);
-            __m512i code = _mm512_and_si512(two ? _mm512_srli_epi16(codes, 4) : codes, half);
-            __m512i said = _mm512_shuffle_epi8(high, code);
-            _mm512_store_si512(tile, _mm512_unpacklo_epi8(low, said));
-            _mm512_store_si512(tile + 64, _mm512_unpackhi_epi8(low, said));
+            __m512i lines[2];
+            two_lines(_mm512_loadu_si512(line), codes, two, high, lines);
+            _mm512_store_si512(tile, lines[0]);
+            _mm512_store_si512(tile + 64, lines[1]);
             IN_ORDER;
         }
     }
@@ -281,7 +279,7 @@ TARGET_AMX INLINE void bf12_sums(const uint8_t *const strips[], const int count,
     const uint8_t *from[2], *token = x->x;
     __m512i high[2];
     for (int s = 0; s < count; s++) {
-        high[s] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strips[s]));
+        high[s] = high_bytes(strips[s]);
         from[s] = strips[s] + BF12_HEAD_BYTES;
     }
     _tile_zero(0);

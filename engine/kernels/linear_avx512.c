@@ -115,14 +115,9 @@ TARGET_AVX512_BF16 INLINE void bf16_pass(const uint8_t *strip, const Tokens *x, 
     }
 }
 
-/* Two lines of bf16 from their low bytes and their high ones. */
-#define FIRST_LINE(low, high) _mm512_unpacklo_epi8(low, high)
-#define SECOND_LINE(low, high) _mm512_unpackhi_epi8(low, high)
-
 TARGET_AVX512_BF16 INLINE void bf12_pass(const uint8_t *strip, const Tokens *x, int first,
                                          float *out, const int tokens, const int sums) {
-    const __m512i half = _mm512_set1_epi8(15);
-    const __m512i high = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strip));
+    const __m512i high = high_bytes(strip);
     const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
     const uint8_t *token = x->x + first * stride;
     __m512 sum[8][4];
@@ -137,14 +132,12 @@ TARGET_AVX512_BF16 INLINE void bf12_pass(const uint8_t *strip, const Tokens *x, 
             UNROLL for (int two = 0; two < 2; two++) {
                 _mm_prefetch(strip + 64 + 64 * two + PREFETCH_BYTES / 2, _MM_HINT_T0);
                 __m512i low = _mm512_loadu_si512(strip + 64 + 64 * two);
-                __m512i said = _mm512_shuffle_epi8(
-                    high, _mm512_and_si512(two ? _mm512_srli_epi16(codes, 4) : codes, half));
-                const __m512bh lines[2] = {(__m512bh)FIRST_LINE(low, said),
-                                           (__m512bh)SECOND_LINE(low, said)};
+                __m512i lines[2];
+                two_lines(low, codes, two, high, lines);
                 UNROLL for (int line = 0; line < 2; line++) {
                     const int pair = 4 * group + 2 * two + line;
                     UNROLL for (int t = 0; t < tokens; t++) sum[t][pair % sums] =
-                        _mm512_dpbf16_ps(sum[t][pair % sums], lines[line],
+                        _mm512_dpbf16_ps(sum[t][pair % sums], (__m512bh)lines[line],
                                          (__m512bh)four_of(token + t * stride, 4 * pair));
                 }
                 IN_ORDER;
@@ -186,23 +179,17 @@ TARGET_AVX512 static int64_t bf12_groups(const uint8_t *lines, int64_t groups, H
     return groups;
 }
 
-TARGET_AVX512 INLINE void group_of_bf16(const uint8_t *from, __m512i high, uint8_t *lines) {
-    const __m512i half = _mm512_set1_epi8(15);
-    __m512i codes = _mm512_loadu_si512(from);
-    for (int two = 0; two < 2; two++, lines += 128) {
-        __m512i low = _mm512_loadu_si512(from + 64 + 64 * two);
-        __m512i said = _mm512_shuffle_epi8(
-            high, _mm512_and_si512(two ? _mm512_srli_epi16(codes, 4) : codes, half));
-        _mm512_storeu_si512(lines, FIRST_LINE(low, said));
-        _mm512_storeu_si512(lines + 64, SECOND_LINE(low, said));
-    }
-}
-
 TARGET_AVX512 static void bf16_groups(const uint8_t *from, int64_t groups, const uint8_t *high,
                                       uint8_t *lines) {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)high));
-    for (; groups; groups--, from += GROUP_BYTES, lines += GROUP_BF16_BYTES)
-        group_of_bf16(from, table, lines);
+    const __m512i table = high_bytes(high);
+    for (; groups; groups--, from += GROUP_BYTES)
+        for (int two = 0; two < 2; two++, lines += 128) {
+            __m512i both[2];
+            two_lines(_mm512_loadu_si512(from + 64 + 64 * two), _mm512_loadu_si512(from), two,
+                      table, both);
+            _mm512_storeu_si512(lines, both[0]);
+            _mm512_storeu_si512(lines + 64, both[1]);
+        }
 }
 
 TARGET_AVX512 INLINE __m512 sixteen_floats(const void *x, int dtype, int64_t first, int64_t cols) {

@@ -23,13 +23,12 @@ typedef struct {
     uint16_t bits;
     uint16_t unused;
 } Listed;
+_Static_assert(sizeof(Listed) == LISTED_BYTES, "what strip_bytes() reckons with");
 
 typedef struct {
     uint8_t high[16]; /* by code: sign * 8 + how far below `top`, or 7 for zero */
     uint32_t listed;
 } Bf12Head;
-
-INLINE int64_t list_room(int64_t chunks) { return 2 * chunks + 8; }
 
 INLINE const Listed *list_of(const uint8_t *strip, int64_t chunks) {
     return (const Listed *)(strip + BF12_HEAD_BYTES + chunks * BF12_CHUNK_BYTES);
@@ -61,6 +60,25 @@ INLINE void add_listed(const uint8_t *strip, const Tokens *x, float *out) {
         }
     }
 }
+
+#if defined(HAVE_X86)
+#include <immintrin.h>
+
+/* Two lines of bf16 from their low bytes and their codes, which are the low halves of `codes` or
+ * the high ones; `high` has the 16 high bytes in each quarter. */
+TARGET_AVX512 INLINE void two_lines(__m512i low, __m512i codes, const int high_halves,
+                                    __m512i high, __m512i lines[2]) {
+    __m512i code = _mm512_and_si512(high_halves ? _mm512_srli_epi16(codes, 4) : codes,
+                                    _mm512_set1_epi8(15));
+    __m512i said = _mm512_shuffle_epi8(high, code);
+    lines[0] = _mm512_unpacklo_epi8(low, said);
+    lines[1] = _mm512_unpackhi_epi8(low, said);
+}
+
+TARGET_AVX512 INLINE __m512i high_bytes(const uint8_t *strip) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)strip));
+}
+#endif
 
 /* A strip from bf16's layout; 0 where more weights would be listed than there is room for. */
 int bf12_strip(const uint8_t *lines, int64_t chunks, uint8_t *strip);

@@ -1,7 +1,8 @@
-"""Weights of linear layers in the layout that the kernels read, in 16, 8 or 4 bits.
+"""Weights of linear layers in the layout that the kernels read, in 16, 12, 8 or 4 bits.
 
 The layout (linear.h) is one for all processors, so packed bytes can be kept on a disk. int8 has one
-scale for each row, int4 one for each 32 columns of a row, both symmetric. The compiled kernels
+scale for each row, int4 one for each 32 columns of a row, both symmetric; bf12 is bf16, exactly, in
+12 bits. The compiled kernels
 round what they multiply with: to bfloat16, where the processor multiplies that, or to 8 bits with a
 scale for each 64 values, for int8 and int4. Without the kernels, and on other devices, torch widens
 the weights each time. Knows no model and no checkpoint.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from engine.kernels import native, packed_torch
+from engine.kernels import native, packed_bf12, packed_torch
 from engine.kernels.native import DTYPES
 from engine.kernels.packed_bf12 import DoesNotFit
 
@@ -31,19 +32,16 @@ LAYOUT_VERSION: Final = 1
 HUGE_PAGE: Final = 2 * 2**20
 
 _CHUNK_COLS: Final = {"bf16": 32, "int8": 64, "int4": 64, "bf12": 32}
-_CHUNK_BYTES: Final = {"bf16": 1024, "int8": 1024, "int4": 576, "bf12": 768}
-_HEAD_BYTES: Final = {"bf16": 0, "int8": 64, "int4": 0, "bf12": 64}
-_LINE_BYTES: Final = 64
-_LISTED_BYTES: Final = 8
+_CHUNK_BYTES: Final = {"bf16": 1024, "int8": 1024, "int4": 576}
+_HEAD_BYTES: Final = {"bf16": 0, "int8": 64, "int4": 0}
 
 
 def strip_bytes(format: str, cols: int) -> int:
     """What 16 rows of a packed matrix take."""
     chunks = -(-cols // _CHUNK_COLS[format])
-    num_bytes = _HEAD_BYTES[format] + chunks * _CHUNK_BYTES[format]
-    if format == "bf12":  # room to list weights that have no code: two a chunk, and eight
-        num_bytes += -(-(2 * chunks + 8) * _LISTED_BYTES // _LINE_BYTES) * _LINE_BYTES
-    return num_bytes
+    if format == "bf12":
+        return packed_bf12.strip_bytes(chunks)
+    return _HEAD_BYTES[format] + chunks * _CHUNK_BYTES[format]
 
 
 class PackedMatrix:
@@ -54,7 +52,7 @@ class PackedMatrix:
     def __init__(self, format: str, rows: int, cols: int, data: Tensor) -> None:
         """
         Args:
-            format: "bf16", "int8" or "int4".
+            format: "bf16", "bf12", "int8" or "int4".
             data: the packed bytes, uint8, contiguous, `num_bytes_of` long; used, not copied.
         """
         if data.numel() != self.num_bytes_of(format, rows, cols) or not data.is_contiguous():

@@ -18,6 +18,17 @@ _LINE_BYTES: Final = 64
 _LISTED: Final = np.dtype([("at", "<u4"), ("bits", "<u2"), ("unused", "<u2")])
 
 
+def list_room(chunks: int) -> int:
+    """How many weights a strip of so many chunks can list."""
+    return 2 * chunks + 8
+
+
+def strip_bytes(chunks: int) -> int:
+    """What a strip of so many chunks takes: head, groups, and the list in whole lines."""
+    lines = -(-list_room(chunks) * _LISTED.itemsize // _LINE_BYTES)
+    return _HEAD_BYTES + chunks * _GROUPS * _GROUP_BYTES + lines * _LINE_BYTES
+
+
 class DoesNotFit(ValueError):
     """These weights have too many high bytes to be held in bf12."""
 
@@ -39,12 +50,13 @@ def pack(strips: Tensor) -> Tensor:
     codes = (code[:, :, 0] | code[:, :, 1] << 4).to(torch.uint8)
     groups = torch.cat([codes, low[:, :, 0], low[:, :, 1]], 2).flatten(1)
     chunks = groups.shape[1] // (_GROUPS * _GROUP_BYTES)
-    room = 2 * chunks + 8
+    room = list_room(chunks)
     steps = torch.arange(8)
     said = torch.where(steps < count.view(-1, 1), top.view(-1, 1) - steps, 0)
     heads = np.zeros((len(strips), _HEAD_BYTES), np.uint8)
     heads[:, :16] = torch.cat([said, said | 128], 1).to(torch.uint8).numpy()
-    lists = np.zeros((len(strips), -(-room * _LISTED.itemsize // _LINE_BYTES) * 8), _LISTED)
+    list_bytes = strip_bytes(chunks) - _HEAD_BYTES - groups.shape[1]
+    lists = np.zeros((len(strips), list_bytes // _LISTED.itemsize), _LISTED)
     for strip in (~has_code).flatten(1).any(1).nonzero().flatten().tolist():
         group, place = _places(torch.nonzero(~has_code[strip], as_tuple=True))
         if len(place) > room:
@@ -63,8 +75,11 @@ def pack(strips: Tensor) -> Tensor:
     )
 
 
-def unpack(data: Tensor, chunks: int) -> Tensor:
+def unpack(data: Tensor) -> Tensor:
     """bf12's strips (strips, bytes) as bfloat16's."""
+    chunks = data.shape[1] // (_GROUPS * _GROUP_BYTES)
+    while strip_bytes(chunks) > data.shape[1]:
+        chunks -= 1
     end = _HEAD_BYTES + chunks * _GROUPS * _GROUP_BYTES
     groups = torch.unflatten(data[:, _HEAD_BYTES:end], 1, (-1, 3, 64)).int()
     codes = torch.stack([groups[:, :, 0] & 15, groups[:, :, 0] >> 4], 2)
@@ -74,7 +89,7 @@ def unpack(data: Tensor, chunks: int) -> Tensor:
     lines = torch.unflatten(words, 3, (4, 2, 8)).transpose(3, 4).flatten(1)
     heads, lists = data[:, :_HEAD_BYTES].numpy(), data[:, end:].contiguous().numpy()
     for strip, count in enumerate(heads[:, 16:20].copy().view("<u4").flatten().tolist()):
-        listed = lists[strip].view(_LISTED)[: count if count <= 2 * chunks + 8 else 0]
+        listed = lists[strip].view(_LISTED)[: count if count <= list_room(chunks) else 0]
         listed = listed[listed["at"] < chunks * 32 * 16]
         column, row = listed["at"] // 16, listed["at"] % 16
         at = torch.from_numpy((column // 2 * 32 + 2 * row + column % 2).astype(np.int64))

@@ -57,9 +57,7 @@ def _pack_bf12(weight: Tensor) -> Tensor:
 
 
 def _unpack_bf12(data: Tensor, dtype: torch.dtype) -> Tensor:
-    # Head and list of a strip of n chunks take 128 + 16 n bytes, in whole lines.
-    chunks = (data.shape[1] - 128) // (768 + 16)
-    return _unpack_bf16(packed_bf12.unpack(data.cpu(), chunks).to(data.device), dtype)
+    return _unpack_bf16(packed_bf12.unpack(data.cpu()).to(data.device), dtype)
 
 
 def _pack_int8(weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
+from manager.options import precision_options
 from manager.slurm.client import run_slurm
 from manager.slurm.nodes import Node, Partition, fold_names, parse_nodes, parse_partitions
 from manager.slurm.site import SiteOption, resolve_site
@@ -45,21 +46,7 @@ TITLES: Final = ("NODES", "STATE", "CPUS IDLE", "MEMORY FREE", "GPUS IDLE", "NAM
 @click.option(
     "--context", type=click.IntRange(min=1), metavar="TOKENS", help="Reckon KV for so many."
 )
-@click.option("--dtype", default="auto", show_default=True, help="As the workers will be told.")
-@click.option(
-    "--quantize",
-    type=click.Choice(["none", "int8", "int4"]),
-    default="none",
-    show_default=True,
-    help="As the workers will be told.",
-)
-@click.option(
-    "--kv-quantize",
-    type=click.Choice(["none", "int8"]),
-    default="none",
-    show_default=True,
-    help="As the workers will be told.",
-)
+@precision_options
 @click.option(
     "--gpu-memory",
     metavar="SIZE",
