@@ -24,13 +24,13 @@ MIB = 2**20
 _LOAD = r"""
 import json, re, sys
 import psutil
-import engine.stage
+import engine.stage_loading
 from engine.architecture import read_architecture
 from engine.checkpoint import Checkpoint
 model, sections, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 read_architecture(Checkpoint(model)).model_class  # imports the model's own code
 imported = psutil.Process().memory_info().rss
-stage = engine.stage.load_stage(model, sections=sections, index=index)
+stage = engine.stage_loading.load_stage(model, sections=sections, index=index)
 # ru_maxrss would hold the parent's peak too, since it survives exec.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 largest = max(p.numel() * p.dtype.itemsize for p in stage._model.parameters())

@@ -24,7 +24,8 @@ from torch import Tensor
 from engine.checkpoint import DEMO_MODEL
 from engine.entry import Entry, load_entry
 from engine.kernels import native
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 
 WINDOW_TOKENS: Final = 512
 CHUNK_TOKENS: Final = {"prompt": 512, "decode": 16}

@@ -39,7 +39,7 @@ STREAMS, PROMPT_TOKENS, NEW_TOKENS = 8, 39, 64
 NO_CACHE: Final = ("--no-cache",)
 # torch, transformers and the model's class, left to themselves; a worker imports less of them.
 IMPORT: Final = """
-import sys, worker.service, worker.loading, engine.stage
+import sys, worker.service, worker.loading, engine.stage_loading
 from engine.architecture import read_architecture
 from engine.checkpoint import Checkpoint
 read_architecture(Checkpoint(sys.argv[1])).model_class

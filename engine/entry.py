@@ -25,7 +25,7 @@ from engine.foreign_code import first_line, foreign
 from engine.outline import before_and_after, put_slots, run_to_first_layer, stub_unloaded
 from engine.rotary import by_length
 from engine.slots import Conductor
-from engine.stage import choose_dtype
+from engine.stage_loading import choose_dtype
 from engine.tokenizer_file import check_rules, check_tokenizer_file
 from engine.weights import WeightPlan, fill_buffers
 from proto.errors import Error, ModelError, ModelUnfit

@@ -10,7 +10,7 @@ from engine.architecture import read_architecture
 from engine.checkpoint import Checkpoint
 from engine.plan import LayerSizes, layer_sizes
 from engine.sections import Section
-from engine.stage import choose_dtype
+from engine.stage_loading import choose_dtype
 
 
 def measure_layers(model: str | None, dtype: str = "auto") -> LayerSizes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from manager.generation import GenerationOptions
 from manager.pipeline import Pipeline
 from manager.spawn import SpawnConfig, SpawnedWorkers

@@ -115,7 +115,7 @@ def make_plan(
     from engine.plan import layer_sizes
     from engine.quantize import choose_packing, held_sizes
     from engine.sections import split_layers
-    from engine.stage import choose_dtype
+    from engine.stage_loading import choose_dtype
 
     checkpoint = Checkpoint(model)
     architecture = read_architecture(checkpoint)

@@ -61,7 +61,7 @@ def run(config: WorkerConfig, load: Load | None = None) -> int:
     """Hold one stage until somebody ends the process; returns the exit code.
 
     Args:
-        load: what makes the stage, on torch's thread; `engine.stage.load_stage` if None.
+        load: what makes the stage, on torch's thread; `engine.stage_loading.load_stage` if None.
     Raises:
         Error: the port cannot be had, or the stage cannot be loaded.
     """
@@ -294,7 +294,7 @@ def load_from_checkpoint(config: WorkerConfig, loading: Loading) -> Stage:
     # Made before torch is imported: a folder that cannot be had is refused at once.
     staging = None if config.stage_to is None else Staging(config.stage_to, loading)
     from engine.packed_cache import PackedCache
-    from engine.stage import load_stage
+    from engine.stage_loading import load_stage
 
     cache = None
     if config.cache_dir is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engine.checkpoint import Checkpoint
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.errors import ModelError
 from tests.support.local_chain import cut, open_entry, split
 from tests.support.memory import measured
@@ -304,7 +304,7 @@ def test_copies_that_are_cut_into_other_files_count_as_different(tmp_path: Path)
 
 
 LOAD = """
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 load_stage(sys.argv[1], layers=(0, 4), dtype=sys.argv[3], device="cpu")  # imports, first uses
 start()
 stage = load_stage(sys.argv[2], layers=(0, 4), dtype=sys.argv[3], device="cpu")

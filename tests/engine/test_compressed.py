@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.kernels import native
 from engine.selfcheck import relative_error
-from engine.stage import Stage, load_stage
+from engine.stage import Stage
+from engine.stage_loading import load_stage
 from tests.support.local_chain import Chain, open_entry
 from tests.support.models import KINDS, VOCAB, save_tiny
 

@@ -26,7 +26,8 @@ from engine.decode_graphs import (
 from engine.kernels import native
 from engine.kv import BlockCache
 from engine.rehearsal import NotRecordable, rehearse
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from tests.support import on_meta
 from tests.support.models import VOCAB, save_tiny
 from tests.support.recording import run_again

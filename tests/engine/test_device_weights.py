@@ -19,7 +19,8 @@ from engine.kernels.packed import PackedMatrix
 from engine.lean.fitting import fit_layers
 from engine.packed_linear import PackedLinear, fused_of
 from engine.selfcheck import check_stage, relative_error
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from tests.support.device_operators import CPU_OPERATORS, missing, wrong
 from tests.support.models import save_tiny
 from tests.support.recording import run_again

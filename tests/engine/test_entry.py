@@ -85,7 +85,7 @@ def test_it_holds_no_decoder_layer(tmp_path: Path) -> None:
 
 
 def test_it_says_what_the_workers_say(tmp_path: Path) -> None:
-    from engine.stage import load_stage
+    from engine.stage_loading import load_stage
 
     save_tiny("llama", tmp_path)
     entry = open_entry(tmp_path)

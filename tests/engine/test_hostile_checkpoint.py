@@ -20,7 +20,7 @@ import pytest
 from engine.checkpoint import Checkpoint
 from engine.entry import load_entry
 from engine.foreign_code import foreign
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from engine.staged_copy import MARKER
 from proto.errors import Error, ModelError
 from tests.support.hub import COMMIT, REPO, fill_cache

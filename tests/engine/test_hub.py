@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import Checkpoint
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from tests.support.hub import COMMIT, REPO, fill_cache, serve
 from tests.support.local_chain import cut
 from tests.support.models import save_tiny
@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 # huggingface_hub reads its environment when it is imported, so each load is a process.
 LOAD_STAGE = """
 import json, sys
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.errors import Error
 start, end = map(int, sys.argv[2].split(":"))
 try:

@@ -12,7 +12,8 @@ from engine.joined_linear import join_siblings, joined_of
 from engine.kernels import native
 from engine.lean.agreement import agrees
 from engine.lean.fitting import fit_layers
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from tests.support.models import save_tiny
 
 # The forms that most people's models have.

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.errors import ModelError
 from tests.support.local_chain import cut, open_entry, split
 from tests.support.models import VOCAB

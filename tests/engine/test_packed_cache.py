@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine import packed_cache
 from engine.packed_cache import PackedCache
-from engine.stage import Stage, load_stage
+from engine.stage import Stage
+from engine.stage_loading import load_stage
 from engine.staging import Staged, Staging
 from tests.support.local_chain import Chain, open_entry
 from tests.support.memory import ROOT
@@ -206,7 +207,7 @@ import json, logging, sys
 logging.basicConfig(format="%(message)s", stream=sys.stderr)
 from pathlib import Path
 from engine.packed_cache import PackedCache
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 stage = load_stage(sys.argv[1], layers=(0, 4), dtype="float32", device="cpu", quantize="int8",
                    cache=PackedCache(Path(sys.argv[2])))
 print(json.dumps([stage.stage_bytes, sorted(it.name for it in Path(sys.argv[2]).iterdir())]))

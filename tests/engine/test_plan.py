@@ -13,7 +13,7 @@ from engine.architecture import read_architecture
 from engine.attention import ATTENTION_NAME, register
 from engine.checkpoint import Checkpoint
 from engine.plan import LayerSizes, layer_sizes, plan_section
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.errors import SplitError, UsageError
 from tests.support.models import KINDS, save_tiny
 

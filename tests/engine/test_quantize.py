@@ -19,7 +19,8 @@ from engine.experts import PackedExperts
 from engine.kernels import native
 from engine.packed_linear import PackedLinear, fused_of
 from engine.selfcheck import relative_error
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from proto.errors import UsageError
 from tests.support.adapters import adapted, logits_of
 from tests.support.local_chain import Chain, open_entry
@@ -180,7 +181,7 @@ def test_two_asked_wrongly_are_refused(tmp_path: Path) -> None:
 
 
 LOAD = """
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 def load(folder, num_layers):
     return load_stage(
         folder, layers=(0, num_layers), dtype="bfloat16", device="cpu", quantize="int4"
@@ -217,7 +218,7 @@ def test_the_16_bit_stage_is_never_in_memory(tmp_path: Path) -> None:
 
 
 UNLOAD = """
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 for folder in sys.argv[1:]:
     for quantize in ("none", "int4"):
         stage = load_stage(

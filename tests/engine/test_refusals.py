@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.entry import load_entry
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.errors import Error, ModelError, ModelUnfit, SplitError, UsageError
 from tests.support.local_chain import open_entry
 from tests.support.models import save_tiny, shaken

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.kv import BLOCK_TOKENS
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from proto.errors import RemoteProtocolError, UsageError
 from tests.support.local_chain import Chain, cut
 from tests.support.models import VOCAB, save_tiny, tiny_model

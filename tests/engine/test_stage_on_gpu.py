@@ -17,7 +17,8 @@ from engine.kernels.device_operators import Order, operators_of
 from engine.kernels.packed import PackedMatrix
 from engine.lean.agreement import agrees
 from engine.selfcheck import relative_error
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from tests.support.models import save_tiny
 
 pytestmark = pytest.mark.gpu

@@ -24,7 +24,8 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint
 from engine.copying import copy_ranges, look_at
 from engine.entry import load_entry
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from engine.staged_copy import MARKER, CopiedFile, Range, merged, read_marker
 from engine.staging import Staged, Staging
 from proto.errors import Error, ModelError, UsageError
@@ -220,7 +221,7 @@ def test_copies_of_several_sections_lie_side_by_side(model: Path, root: Path) ->
 LOAD = """
 import json, os, signal, sys
 from pathlib import Path
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from engine.staging import Staging
 from proto.errors import Error
 model, layers, root, then = sys.argv[1:]

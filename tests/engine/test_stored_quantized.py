@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.errors import ModelError
 from tests.support.local_chain import Chain, open_entry
 from tests.support.models import VOCAB, save_tiny

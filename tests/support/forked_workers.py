@@ -159,7 +159,7 @@ def _main() -> None:
     """The nursery: one question a line on stdin, one answer a line on stdout."""
     import torch
 
-    import engine.stage
+    import engine.stage_loading
     import worker.server
     import worker.service
     from engine import lean_imports

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.entry import Entry, load_entry
-from engine.stage import Stage, StageRun, load_stage
+from engine.stage import Stage, StageRun
+from engine.stage_loading import load_stage
 from tests.support.tokenizers import save_tokenizer
 
 WHOLE = 1 << 20  # a chunk that no prompt exceeds

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.framing import Frame
 from tests.support.wire import Part, pack
 from worker.leases import OpenLease

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.address import Address
 from proto.messages import HoldSection
 from worker.compute import Compute

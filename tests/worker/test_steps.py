@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from engine import scoring
-from engine.stage import Stage, load_stage
+from engine.stage import Stage
+from engine.stage_loading import load_stage
 from proto.codec import StepPayload, pack_step_tables, step_payload
 from proto.messages import Fault, Sampling, Scoring, Step
 from tests.support.wire import Part, pack

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.stage import load_stage
+from engine.stage_loading import load_stage
 from proto.framing import Frame
 from proto.messages import Message, StepDone
 from tests.support.wire import Part, pack
