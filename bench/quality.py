@@ -21,7 +21,7 @@ import click
 import torch
 from torch import Tensor
 
-from engine.checkpoint import DEMO_MODEL
+from engine.checkpoint_source import DEMO_MODEL
 from engine.entry import Entry, load_entry
 from engine.kernels import native
 from engine.stage import Stage, StageRun

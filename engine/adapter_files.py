@@ -18,9 +18,10 @@ from typing import Any, Final
 from torch import Tensor
 
 from engine.adapter_config import CONFIG_FILE, MERGE, AdapterConfig, parse_config
-from engine.checkpoint import TensorEntry, check_link, read_header, read_tensor
+from engine.checkpoint_source import check_link
 from engine.copying import unreadable
 from engine.json_file import parse_object
+from engine.safetensors_file import TensorEntry, read_header, read_tensor
 from proto.errors import AdapterError, ModelError
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"

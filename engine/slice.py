@@ -104,7 +104,7 @@ class Slice:
             return False
 
     def _find_tensors(self) -> None:
-        from engine.checkpoint import truncated
+        from engine.safetensors_file import truncated
 
         ranges: dict[str, list[Range]] = {}
         for key, it in self._entries.items():

@@ -18,8 +18,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, Progress
+from engine.checkpoint import Checkpoint
 from engine.json_file import shown
+from engine.safetensors_file import Progress
 from proto.errors import ModelError
 
 _PART_BYTES: Final = 64 * 2**20  # of float32 numbers that are worked out at a time

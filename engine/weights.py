@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.architecture import Architecture, find_layers
-from engine.checkpoint import Checkpoint, Progress
+from engine.checkpoint import Checkpoint
 from engine.packed_linear import Packed
+from engine.safetensors_file import Progress
 from engine.stored_quantized import StoredTensors
 from proto.errors import ModelError
 

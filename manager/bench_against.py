@@ -60,7 +60,7 @@ def _model(config: BenchConfig, facts: WorkerFacts) -> str:
         return config.connection.model
     if facts.model_path:
         return facts.model_path
-    from engine.checkpoint import DEMO_MODEL
+    from engine.checkpoint_source import DEMO_MODEL
 
     return str(DEMO_MODEL)
 

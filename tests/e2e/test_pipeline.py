@@ -205,7 +205,7 @@ async def test_a_missing_worker_is_named_by_its_section(workers):
 
 
 async def test_another_model_here_than_on_the_workers_is_refused(workers):
-    from engine.checkpoint import DEMO_MODEL
+    from engine.checkpoint_source import DEMO_MODEL
 
     with pytest.raises(ModelError, match=r"demo .* is not the model that the workers hold"):
         await Pipeline.open(workers.addresses, model=str(DEMO_MODEL))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.adapters import load_adapter
-from engine.checkpoint import DEMO_MODEL
+from engine.checkpoint_source import DEMO_MODEL
 from engine.entry import load_entry
 from engine.experts import PackedExperts
 from engine.kernels import native

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import DEMO_MODEL
+from engine.checkpoint_source import DEMO_MODEL
 from tests.support.processes import ROOT
 from tests.support.slurm_cluster import SlurmCluster
 
