@@ -21,10 +21,11 @@ import click
 import torch
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.checkpoint_source import DEMO_MODEL
 from engine.entry import Entry, load_entry
 from engine.kernels import native
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 
 WINDOW_TOKENS: Final = 512

@@ -28,8 +28,6 @@ from engine.quantize import PackedParts, Packing
 from engine.slots import Conductor, LayerSlot, SectionDone
 from proto.errors import ModelUnfit
 
-__all__ = ["BlockCache", "Stage", "StageRun"]
-
 
 class Stage:
     """Layers [start_layer, end_layer) of one checkpoint, on one device."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from engine.attention import StageRun
 from engine.sampling import draw
 from engine.scoring import likelihoods, rows_at_once
-from engine.stage import StageRun
 from proto.codec import StepPayload, mask_words, score_bytes, step_payload
 from proto.errors import Error, StepFailed
 from proto.free_memory import free_cpu_bytes

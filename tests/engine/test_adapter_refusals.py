@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.adapter_files import AdapterFiles
 from engine.adapters import load_adapter
-from engine.stage import Stage, StageRun
+from engine.attention import StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from proto.errors import AdapterError
 from tests.support.adapters import adapted, change_config, logits_of

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.adapter_files import AdapterFiles
 from engine.adapters import load_adapter, read_adapter
+from engine.attention import StageRun
 from engine.lora_layers import Adapter
 from engine.selfcheck import relative_error
-from engine.stage import StageRun
 from tests.support.adapters import adapted, greedy, loaded_by_peft, logits_of
 from tests.support.local_chain import Chain, split
 from tests.support.models import VOCAB, save_tiny

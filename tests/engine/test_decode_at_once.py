@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.decode_batch import DecodeBatch, batch_of
 from engine.decode_fitting import fit_decoding
 from engine.decode_graphs import (
@@ -26,7 +27,7 @@ from engine.decode_graphs import (
 from engine.kernels import native
 from engine.kv import BlockCache
 from engine.rehearsal import NotRecordable, rehearse
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from tests.support import on_meta
 from tests.support.models import VOCAB, save_tiny

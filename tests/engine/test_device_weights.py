@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.decode_fitting import fit_decoding
 from engine.device_weights import Handover, hand_over, most_tokens
 from engine.experts import PackedExperts
@@ -19,7 +20,7 @@ from engine.kernels.packed import PackedMatrix
 from engine.lean.fitting import fit_layers
 from engine.packed_linear import PackedLinear, fused_of
 from engine.selfcheck import check_stage, relative_error
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from tests.support.device_operators import CPU_OPERATORS, missing, wrong
 from tests.support.models import save_tiny

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention import StageRun
 from engine.joined_linear import join_siblings, joined_of
 from engine.kernels import native
 from engine.lean.agreement import agrees
 from engine.lean.fitting import fit_layers
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from tests.support.models import save_tiny
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.adapters import load_adapter
+from engine.attention import StageRun
 from engine.checkpoint_source import DEMO_MODEL
 from engine.entry import load_entry
 from engine.experts import PackedExperts
 from engine.kernels import native
 from engine.packed_linear import PackedLinear, fused_of
 from engine.selfcheck import relative_error
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from proto.errors import UsageError
 from tests.support.adapters import adapted, logits_of

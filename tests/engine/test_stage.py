@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.kv import BLOCK_TOKENS
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from proto.errors import RemoteProtocolError, UsageError
 from tests.support.local_chain import Chain, cut

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.decode_graphs import DecodeGraphs
 from engine.device_weights import device_seconds
 from engine.joined_linear import joined_of
@@ -17,7 +18,7 @@ from engine.kernels.device_operators import Order, operators_of
 from engine.kernels.packed import PackedMatrix
 from engine.lean.agreement import agrees
 from engine.selfcheck import relative_error
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from tests.support.models import save_tiny
 

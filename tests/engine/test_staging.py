@@ -21,10 +21,11 @@ from hypothesis import strategies as some
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.checkpoint import Checkpoint
 from engine.copying import copy_ranges, look_at
 from engine.entry import load_entry
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from engine.staged_copy import MARKER, CopiedFile, Range, merged, read_marker
 from engine.staging import Staged, Staging

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.attention import StageRun
 from engine.entry import Entry, load_entry
-from engine.stage import Stage, StageRun
+from engine.stage import Stage
 from engine.stage_loading import load_stage
 from tests.support.tokenizers import save_tokenizer
 
