@@ -92,9 +92,7 @@ def packed_integers(finder: Finder, base: str, bits: int, group_size: object) ->
         zeros_shape = finder.shape(parts["zeros"], 2)
         finder.require(zeros_shape == (-(-out_features // each), num_groups), parts["zeros"])
         finder.require_kind(parts["zeros"], torch.int32)
-    if "order" in parts:
-        finder.require(finder.shape(parts["order"], 1) == (in_features,), parts["order"])
-        finder.require_kind(parts["order"], *_INDICES)
+    _check_order(finder, parts, in_features)
     finder.require_kind(parts["packed"], torch.int32)
     finder.require_kind(parts["scales"])
     size = finder.group_size(group_size, parts["scales"], in_features, num_groups)
@@ -130,10 +128,15 @@ def _check_group(
     finder.require_kind(parts["scales"])
     for what in ("qweight", "zeros"):
         finder.require_kind(parts[what], torch.int32)
+    _check_order(finder, parts, in_features)
+    return finder.group_size(finder.config.get("group_size"), parts["scales"], in_features, count)
+
+
+def _check_order(finder: Finder, parts: dict[str, str], in_features: int) -> None:
+    """See that every input's group is listed, where any is."""
     if "order" in parts:
         finder.require(finder.shape(parts["order"], 1) == (in_features,), parts["order"])
         finder.require_kind(parts["order"], *_INDICES)
-    return finder.group_size(finder.config.get("group_size"), parts["scales"], in_features, count)
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
