@@ -114,8 +114,9 @@ static void multiply(const Linear *work, const Panel *panel, int64_t strip, int 
     const Tokens *x = work->blocks + block;
     if (panel->format == FORMAT_BF16 && kernels->dot_2x2 && strips == 2 && blocks == 2)
         kernels->dot_2x2(both, x, out[0][0]);
-    else if (panel->format == FORMAT_BF12 && kernels->bf12_two && strips == 2)
-        kernels->bf12_two(both, x, (float *const[2]){out[0][0], out[1][0]});
+    else if (kernels->two[panel->format] && strips == 2)
+        for (int b = 0; b < blocks; b++)
+            kernels->two[panel->format](both, x + b, (float *const[2]){out[0][b], out[1][b]});
     else
         for (int s = 0; s < strips; s++)
             for (int b = 0; b < blocks; b++)

@@ -28,6 +28,12 @@ enum { BF12_CHUNK_BYTES = 768 };
 enum { INT8_HEAD_BYTES = 64, INT4_HEAD_BYTES = 64, BF12_HEAD_BYTES = 64 };
 /* How far ahead of its use memory is asked for. */
 enum { PREFETCH_BYTES = 4096 };
+/* Two asks get more from the memory than one: what is soon needed comes into the first-level
+ * cache, which would not hold what is needed later; that comes into the second. */
+INLINE void ask_twice(const uint8_t *line, int near, int far) {
+    __builtin_prefetch(line + near, 0, 3);
+    __builtin_prefetch(line + far, 0, 2);
+}
 /* Ends what is done with one line in an unrolled loop. Left alone, the compiler gathers the
  * prefetches of many lines in one place, and the memory gives a quarter less. */
 #define IN_ORDER __asm__ volatile("" : : : "memory")
@@ -72,6 +78,8 @@ typedef struct {
 
 /* out[token][row of the strip] = sum over the columns */
 typedef void (*Dot)(const uint8_t *strip, const Tokens *x, float *out);
+/* The same of two strips, to the last bit. */
+typedef void (*Two)(const uint8_t *const strips[2], const Tokens *x, float *const out[2]);
 
 /* Whose high bytes, without the sign, have a code in a strip of bf12: `count` from `top` down; if
  * that is 7, zero has the last one. */
@@ -105,8 +113,7 @@ typedef struct {
     Dot dot[FORMATS];  /* by format; NULL for bf12: by way of bf16 */
     /* Two strips and two blocks of equally many tokens; NULL: four calls of dot[BF16]. */
     void (*dot_2x2)(const uint8_t *strips[2], const Tokens x[2], float *out /* [2][2][16][16] */);
-    /* Two strips of bf12 at once; NULL: one after the other. */
-    void (*bf12_two)(const uint8_t *const strips[2], const Tokens *x, float *const out[2]);
+    Two two[FORMATS];  /* two strips at once, which the memory gives faster; NULL: one by one */
     /* y of `tokens` tokens from `first` on and 16 rows from `row` on, bias and residual added;
      * NULL: one by one. */
     void (*store)(const Linear *work, int64_t row, int64_t first, int64_t tokens,

@@ -64,19 +64,20 @@ TARGET_AVX2 INLINE void int4_pass(const uint8_t *strip, const Tokens *x, int fir
     const float *scale = x->scale + first;
     const int32_t *offset = x->offset + first;
     for (int64_t chunk = 0; chunk < x->chunks; chunk++) {
-        UNROLL for (int line = 0; line < 9; line++)
-            _mm_prefetch(strip + line * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch(strip + PREFETCH_BYTES, _MM_HINT_T0);
         for (int half = 0; half < 2; half++) {
             __m256i sum[4][2];
             UNROLL for (int t = 0; t < tokens; t++) sum[t][0] = sum[t][1] =
                 _mm256_set1_epi32(offset[half * x->tokens + t]);
             UNROLL for (int two = 2 * half; two < 2 * half + 2; two++) {
                 const uint8_t *weights = strip + INT4_HEAD_BYTES + 128 * two;
+                _mm_prefetch(weights + PREFETCH_BYTES, _MM_HINT_T0);
                 UNROLL for (int part = 0; part < 2; part++) {
                     __m256i a = _mm256_loadu_si256((const __m256i *)(weights + 32 * part));
                     __m256i b = _mm256_loadu_si256((const __m256i *)(weights + 64 + 32 * part));
                     __m256i a_odd = _mm256_and_si256(_mm256_srli_epi16(a, 4), low);
                     __m256i b_odd = _mm256_and_si256(_mm256_srli_epi16(b, 4), low);
+                    if (part) _mm_prefetch(weights + 64 + PREFETCH_BYTES, _MM_HINT_T0);
                     a = _mm256_and_si256(a, low);
                     b = _mm256_and_si256(b, low);
                     UNROLL for (int t = 0; t < tokens; t++) {
@@ -89,6 +90,7 @@ TARGET_AVX2 INLINE void int4_pass(const uint8_t *strip, const Tokens *x, int fir
                         sum[t][part] =
                             _mm256_add_epi32(sum[t][part], _mm256_madd_epi16(pairs, ones));
                     }
+                    IN_ORDER;
                 }
             }
             UNROLL for (int part = 0; part < 2; part++) {
