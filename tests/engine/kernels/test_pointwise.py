@@ -216,7 +216,8 @@ def test_a_gated_activation_is_torchs(
     result = pointwise.gated(kind, both) if side_by_side else pointwise.gated(kind, gate, up)
     assert result.is_contiguous()
     tolerance = CLOSE[dtype] * 2
-    scale = max(float(up.float().abs().max()), 1.0)
+    # Where the gate is almost shut, 1 + tanh has lost its digits: what is left is of gate * up.
+    scale = max(float((gate.float() * up.float()).abs().max()), 1.0)
     assert torch.allclose(
         result.float(), expected.float(), rtol=tolerance, atol=tolerance * 0.1 * scale
     )
