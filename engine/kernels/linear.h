@@ -30,13 +30,19 @@ enum { INT8_HEAD_BYTES = 64, INT4_HEAD_BYTES = 64, BF12_HEAD_BYTES = 64 };
 enum { PREFETCH_BYTES = 4096 };
 /* Two asks get more from the memory than one: what is soon needed comes into the first-level
  * cache, which would not hold what is needed later; that comes into the second. */
-INLINE void ask_twice(const uint8_t *line, int near, int far) {
+INLINE void ask_twice(const uint8_t *line, int64_t near, int64_t far) {
     __builtin_prefetch(line + near, 0, 3);
     __builtin_prefetch(line + far, 0, 2);
 }
 /* Ends what is done with one line in an unrolled loop. Left alone, the compiler gathers the
  * prefetches of many lines in one place, and the memory gives a quarter less. */
 #define IN_ORDER __asm__ volatile("" : : : "memory")
+
+/* How far a line asked for is from the one `offset` bytes into a strip, if it is read `ahead` bytes
+ * later: what comes after a strip's `end` is `jump` further. */
+INLINE int64_t ahead_of(int64_t offset, int64_t ahead, int64_t end, int64_t jump) {
+    return offset + ahead < end ? ahead : ahead + jump;
+}
 
 /* Whether the weights are bf16, however they lie. */
 INLINE int is_bf16(int format) { return format == FORMAT_BF16 || format == FORMAT_BF12; }

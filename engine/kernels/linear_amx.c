@@ -89,14 +89,15 @@ TARGET_AMX static void dot_2x2(const uint8_t *strips[2], const Tokens x[2], floa
 }
 
 /* A chunk of bf12 as a tile of bf16. */
-TARGET_AMX INLINE void widen_chunk(const uint8_t *from, __m512i high, uint8_t *tile) {
+TARGET_AMX INLINE void widen_chunk(const uint8_t *from, __m512i high, uint8_t *tile,
+                                   int64_t near, int64_t far) {
     for (int group = 0; group < GROUPS; group++, from += GROUP_BYTES) {
-        ask_twice(from, TILE_PREFETCH_BYTES, LATER_BYTES);
+        ask_twice(from, near, far);
         __m512i codes = _mm512_loadu_si512(from);
         IN_ORDER;
         for (int two = 0; two < 2; two++, tile += 128) {
             const uint8_t *line = from + 64 + 64 * two;
-            ask_twice(line, TILE_PREFETCH_BYTES, LATER_BYTES);
+            ask_twice(line, near, far);
             __m512i lines[2];
             two_lines(_mm512_loadu_si512(line), codes, two, high, lines);
             _mm512_store_si512(tile, lines[0]);
@@ -122,12 +123,16 @@ TARGET_AMX INLINE void bf12_sums(const uint8_t *const strips[], const int count,
         high[s] = high_bytes(strips[s]);
         from[s] = strips[s] + BF12_HEAD_BYTES;
     }
+    const int64_t end = chunks * BF12_CHUNK_BYTES;
+    const int64_t jump = count * strip_bytes(FORMAT_BF12, chunks * 32) - end;
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t chunk = -TILES_AHEAD; chunk < chunks; chunk++) {
         int64_t ahead = chunk + TILES_AHEAD;
+        const int64_t near = ahead_of(ahead * BF12_CHUNK_BYTES, TILE_PREFETCH_BYTES, end, jump);
+        const int64_t far = ahead_of(ahead * BF12_CHUNK_BYTES, LATER_BYTES, end, jump);
         for (int s = 0; ahead < chunks && s < count; s++, from[s - 1] += BF12_CHUNK_BYTES)
-            widen_chunk(from[s], high[s], tiles[ahead % TILES_KEPT][s]);
+            widen_chunk(from[s], high[s], tiles[ahead % TILES_KEPT][s], near, far);
         if (chunk < 0) continue;
         written(tiles);
         _tile_loadd(4, token, stride);

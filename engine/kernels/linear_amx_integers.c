@@ -8,9 +8,8 @@
 /* Fewer tokens than this are AVX-512's. */
 enum { TILE_TOKENS_INT8 = 3, TILE_TOKENS_INT4 = 9 };
 
-TARGET_AMX INLINE void ask_for_chunk(const uint8_t *chunk) {
-    for (int line = 0; line < 16; line++)
-        ask_twice(chunk + line * 64, TILE_PREFETCH_BYTES, LATER_BYTES);
+TARGET_AMX INLINE void ask_for_chunk(const uint8_t *chunk, int64_t near, int64_t far) {
+    for (int line = 0; line < 16; line++) ask_twice(chunk + line * 64, near, far);
 }
 
 /* Integers have a scale for each chunk, so their sums leave the tiles after each: while the tiles
@@ -57,12 +56,17 @@ TARGET_AMX INLINE void int8_sums(const uint8_t *const strips[], const int count,
     }
 #define TOKENS(a) _tile_loadd(a, token, x->token_stride); token += x->chunk_stride;
 #define ONE(sum, s, a, b)                \
-    ask_for_chunk(weights[s]);           \
+    ask_for_chunk(weights[s], near, far);\
     _tile_zero(sum);                     \
     _tile_loadd(b, weights[s], 64);      \
     _tile_dpbsud(sum, a, b);             \
     weights[s] += INT8_CHUNK_BYTES;
+    int64_t near = TILE_PREFETCH_BYTES, far = LATER_BYTES;
+    const int64_t end = INT8_HEAD_BYTES + x->chunks * INT8_CHUNK_BYTES, jump = (count - 1) * end;
     for (; chunk + at_once <= x->chunks; chunk += at_once) {
+        const int64_t offset = chunk * INT8_CHUNK_BYTES;
+        near = ahead_of(offset, TILE_PREFETCH_BYTES, end, jump);
+        far = ahead_of(offset, LATER_BYTES, end, jump);
         if (count == 1) {
             TOKENS(4) ONE(0, 0, 4, 6) TOKENS(5) ONE(1, 0, 5, 7)
             TOKENS(4) ONE(2, 0, 4, 6) TOKENS(5) ONE(3, 0, 5, 7)

@@ -32,14 +32,18 @@ TARGET_AVX512 INLINE void int8_pass(const uint8_t *const strips[], const int cou
     const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
     const uint8_t *token = x->x + first * stride;
     const float *scale = x->scale + first;
+    const int64_t end = INT8_HEAD_BYTES + chunks * INT8_CHUNK_BYTES, jump = (count - 1) * end;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t offset = chunk * INT8_CHUNK_BYTES;
+        const int64_t near = ahead_of(offset, NEAR_BYTES, end, jump);
+        const int64_t far = ahead_of(offset, FAR_BYTES, end, jump);
         __m512i sum[2][8];
         UNROLL for (int s = 0; s < count; s++)
             UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = _mm512_setzero_si512();
         UNROLL for (int quad = 0; quad < 16; quad++) {
             UNROLL for (int s = 0; s < count; s++) {
                 const uint8_t *line = weights[s] + quad * 64;
-                ask_twice(line, NEAR_BYTES, FAR_BYTES);
+                ask_twice(line, near, far);
                 __m512i four = _mm512_loadu_si512(line);
                 UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = _mm512_dpbusd_epi32(
                     sum[s][t], four, four_of(token + t * stride, 4 * quad));
@@ -76,9 +80,12 @@ TARGET_AVX512 INLINE void int4_pass(const uint8_t *const strips[], const int cou
     const uint8_t *token = x->x + first * stride;
     const float *scale = x->scale + first;
     const int32_t *offset = x->offset + first;
+    const int64_t end = chunks * INT4_CHUNK_BYTES, jump = (count - 1) * end;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t near = ahead_of(chunk * INT4_CHUNK_BYTES, NEAR_BYTES, end, jump);
+        const int64_t far = ahead_of(chunk * INT4_CHUNK_BYTES, FAR_BYTES, end, jump);
         UNROLL for (int s = 0; s < count; s++) {
-            ask_twice(strip[s], NEAR_BYTES, FAR_BYTES);
+            ask_twice(strip[s], near, far);
             __m512i scales = _mm512_loadu_si512(strip[s]);
             UNROLL for (int half = 0; half < 2; half++) {
                 __m512i sum[8];
@@ -86,7 +93,7 @@ TARGET_AVX512 INLINE void int4_pass(const uint8_t *const strips[], const int cou
                     sum[t] = _mm512_set1_epi32(offset[half * x->tokens + t]);
                 UNROLL for (int octet = 4 * half; octet < 4 * half + 4; octet++) {
                     const uint8_t *line = strip[s] + INT4_HEAD_BYTES + octet * 64;
-                    ask_twice(line, NEAR_BYTES, FAR_BYTES);
+                    ask_twice(line, near, far);
                     __m512i both = _mm512_loadu_si512(line);
                     __m512i even = _mm512_and_si512(both, low);
                     __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
