@@ -23,7 +23,7 @@ from engine.architecture import DTYPES, Architecture, find_layers, read_architec
 from engine.checkpoint import Checkpoint
 from engine.device_fitting import fit_steps, fit_weights
 from engine.foreign_code import first_line
-from engine.kernels import native
+from engine.kernels import huge_pages, native
 from engine.kernels.packed_bf12 import DoesNotFit
 from engine.kv import check_quantization
 from engine.lean.fitting import fit_layers
@@ -117,6 +117,7 @@ def load_stage(
 
 
 def _make_some_stage(loader: _Loader, dtype: torch.dtype, asked: Asked) -> Stage:
+    huge_pages.new_mapping()  # no stage's memory waits for another's to be let go of
     make = partial(_make_stage, loader, dtype, asked)
     try:
         return make(feeds_token_ids=False)

@@ -10,8 +10,6 @@ the weights each time. Knows no model and no checkpoint.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from engine.kernels import native, packed_bf12, packed_torch
+from engine.kernels import huge_pages, native, packed_bf12, packed_torch
 from engine.kernels.native import DTYPES
 from engine.kernels.packed_bf12 import DoesNotFit
 
@@ -27,9 +25,6 @@ FORMATS: Final = ("bf16", "int8", "int4", "bf12")
 STRIP_ROWS: Final = 16
 # Changes whenever the same weights would be packed into other bytes.
 LAYOUT_VERSION: Final = 1
-
-# What one entry of the processor's table of addresses covers at most, on x86-64 and most of Arm.
-HUGE_PAGE: Final = 2 * 2**20
 
 _CHUNK_COLS: Final = {"bf16": 32, "int8": 64, "int4": 64, "bf12": 32}
 _CHUNK_BYTES: Final = {"bf16": 1024, "int8": 1024, "int4": 576}
@@ -84,8 +79,8 @@ class PackedMatrix:
     ) -> PackedMatrix:
         """An unfilled matrix; `fill` or `part(...).fill` fill it."""
         size = cls.num_bytes_of(format, rows, cols)
-        if torch.device(device).type == "cpu" and size >= HUGE_PAGE:
-            return cls(format, rows, cols, _in_huge_pages(size))
+        if torch.device(device).type == "cpu":
+            return cls(format, rows, cols, huge_pages.memory(size))
         return cls(format, rows, cols, torch.empty(size, dtype=torch.uint8, device=device))
 
     @classmethod
@@ -192,19 +187,3 @@ class PackedMatrix:
 
     def __repr__(self) -> str:
         return f"PackedMatrix({self.format}, {self.rows} x {self.cols})"
-
-
-def _in_huge_pages(size: int) -> Tensor:
-    """Memory that begins at a huge page and asks for them: read a third faster than in small ones.
-
-    Only whole ones, so that no more is taken than `size`; where there are none it is plain memory.
-    """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
-        return torch.empty(size, dtype=torch.uint8)
-    block = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = torch.frombuffer(block, dtype=torch.uint8)
-    skipped = -memory.data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):
-        block.madvise(advice, skipped, size // HUGE_PAGE * HUGE_PAGE)
-    return memory[skipped : skipped + size]

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
-from engine.kernels import native
-from engine.kernels.packed import FORMATS, HUGE_PAGE, DoesNotFit, PackedMatrix
+from engine.kernels import huge_pages, native
+from engine.kernels.huge_pages import HUGE_PAGE
+from engine.kernels.packed import FORMATS, DoesNotFit, PackedMatrix
 
 ALL = native.available()
 # Of normally distributed weights, relative to their norm.
@@ -109,13 +112,36 @@ def test_tiny_and_huge_weights_keep_their_scale():
             assert error <= 1.2 * ERRORS[format] * weight.double().norm()
 
 
-def test_large_matrices_begin_at_a_huge_page_and_hold_no_more_than_their_size():
-    packed = PackedMatrix.allocate("bf16", 2048, 1024)
-    assert packed.data.numel() == PackedMatrix.num_bytes_of("bf16", 2048, 1024)
-    assert packed.data.data_ptr() % HUGE_PAGE == 0
-    joined = PackedMatrix.concatenated([packed, packed])
-    assert joined.data.data_ptr() % HUGE_PAGE == 0
-    assert joined.rows == 4096
+def test_matrices_lie_one_behind_the_other_in_huge_pages():
+    huge_pages.new_mapping()
+    first, second = (PackedMatrix.allocate("int4", 1536, 1024) for _ in range(2))
+    assert first.data.data_ptr() % HUGE_PAGE == 0
+    assert second.data.data_ptr() == first.data.data_ptr() + first.num_bytes
+    large = PackedMatrix.allocate("bf16", 32768, 1024)
+    assert large.data.numel() == PackedMatrix.num_bytes_of("bf16", 32768, 1024)
+    huge_pages.new_mapping()
+    third = PackedMatrix.allocate("int4", 1536, 1024)
+    assert third.data.data_ptr() % HUGE_PAGE == 0
+    for number, it in enumerate((first, second, third)):
+        it.data.fill_(number)
+    assert [int(it.data.max()) for it in (first, second, third)] == [0, 1, 2]
+
+
+def test_the_memory_of_matrices_goes_with_the_last_of_them():
+    huge_pages.new_mapping()
+    before = resident_bytes()
+    matrices = [PackedMatrix.allocate("int8", 3072, 1024) for _ in range(60)]
+    for it in matrices:
+        it.data.fill_(1)
+    filled = resident_bytes() - before
+    assert abs(filled - 60 * matrices[0].num_bytes) < 3 * HUGE_PAGE
+    del matrices, it
+    assert resident_bytes() - before < HUGE_PAGE
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize("kernels", ALL)
