@@ -15,12 +15,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from engine.activations import kind_of
+from engine.kernels import pointwise
 from engine.kernels.packed import STRIP_ROWS, PackedMatrix
 from engine.packed_linear import Packed
 
 _DOWN: Final = "down_proj"
 # What transformers' own functions for experts ask of such a module.
 _ASKED: Final = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+# act(gate) * up, with gate and up side by side; whoever needs another writes its own.
+_USUAL_GATE: Final = "_default_apply_gate"
 
 
 class PackedExperts(Packed):
@@ -55,6 +59,9 @@ class PackedExperts(Packed):
             del told._parameters[leaf]
         self.num_experts = len(self._experts[_DOWN])
         self._move_small_parts(told)
+        gate: Any = getattr(type(told), "_apply_gate", None)
+        is_usual = getattr(gate, "__qualname__", None) == _USUAL_GATE
+        self._gate_kind = kind_of(getattr(told, "act_fn", None)) if is_usual else None
         self.train(told.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -76,19 +83,23 @@ class PackedExperts(Packed):
         Returns:
             (tokens, hidden_size).
         """
-        told = self._told[0]
+        told: Any = self._told[0]
         tokens, k = experts.shape
-        order = torch.argsort(experts.reshape(-1), stable=True)
-        counts = torch.bincount(experts.reshape(-1), minlength=self.num_experts).tolist()
-        given = hidden[order // k]
-        parts, row = [], 0
-        for expert, count in enumerate(counts[: self.num_experts]):
-            if count:
-                parts.append(self._run(told, expert, given[row : row + count]))
-                row += count
-        sorted_out = torch.cat(parts) if len(parts) > 1 else parts[0]
-        out = torch.empty_like(sorted_out)
-        out[order] = sorted_out
+        pairs = experts.reshape(-1)
+        order = torch.argsort(pairs, stable=True)
+        counts = torch.bincount(pairs, minlength=self.num_experts).tolist()[: self.num_experts]
+        mixed = self._multiply(self._first, counts, hidden[order // k])
+        if not told.has_gate:
+            mixed = told.act_fn(mixed)
+        elif self._gate_kind is not None:
+            mixed = pointwise.gated(self._gate_kind, mixed)
+        else:
+            mixed = told._apply_gate(mixed)
+        by_expert = self._multiply(_DOWN, counts, mixed)
+        if told.has_post_expert_norm:
+            by_expert = told.post_expert_norm(by_expert)
+        out = torch.empty_like(by_expert)
+        out[order] = by_expert
         weighted = out.view(tokens, k, -1) * weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype)
 
@@ -156,18 +167,18 @@ class PackedExperts(Packed):
         self._parameters, self._buffers = told._parameters, told._buffers
         self._modules = told._modules
 
-    def _run(self, told: Any, expert: int, given: Tensor) -> Tensor:
-        """Some tokens through one expert."""
-        mixed = self._multiply(self._first, expert, given)
-        mixed = told._apply_gate(mixed) if told.has_gate else told.act_fn(mixed)
-        out = self._multiply(_DOWN, expert, mixed)
-        if told.has_post_expert_norm:
-            out = told.post_expert_norm(out)
+    def _multiply(self, leaf: str, counts: list[int], given: Tensor) -> Tensor:
+        """Rows in the order of the experts, each by its expert's matrix."""
+        matrices = self._experts[leaf]
+        biases = getattr(self._told[0], f"{leaf}_bias") if self._told[0].has_bias else None
+        out = given.new_empty(len(given), matrices[0].rows)
+        called = [it for it, count in enumerate(counts) if count]
+        sizes = [counts[it] for it in called]
+        parts = torch.split(given, sizes), torch.split(out, sizes)
+        for it, rows, result in zip(called, *parts, strict=True):
+            bias = None if biases is None else biases[it]
+            matrices[it].matmul(rows, bias=bias, out=result)
         return out
-
-    def _multiply(self, leaf: str, expert: int, given: Tensor) -> Tensor:
-        bias = getattr(self._told[0], f"{leaf}_bias")[expert] if self._told[0].has_bias else None
-        return self._experts[leaf][expert].matmul(given, bias=bias)
 
 
 def can_pack(module: nn.Module) -> bool:

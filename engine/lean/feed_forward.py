@@ -6,12 +6,11 @@ A part that is neither (a mixture of experts, say) stays the module that it was.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from engine.activations import function_of, kind_of
 from engine.kernels import pointwise
 from engine.lean.projection import Projection, is_linear
 
@@ -26,17 +25,6 @@ _PLAIN: Final = (
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
 _ACTIVATIONS: Final = ("act_fn", "activation_fn", "act")
-# By class: what `pointwise.gated` calls it, and what torch has for it.
-_KINDS: Final[dict[str, tuple[str, Callable[[Tensor], Tensor]]]] = {
-    "SiLUActivation": ("silu", functional.silu),
-    "SiLU": ("silu", functional.silu),
-    "GELUTanh": ("gelu_tanh", partial(functional.gelu, approximate="tanh")),
-    "NewGELUActivation": ("gelu_tanh", partial(functional.gelu, approximate="tanh")),
-    "FastGELUActivation": ("gelu_tanh", partial(functional.gelu, approximate="tanh")),
-    "GELUActivation": ("gelu", functional.gelu),
-    "GELU": ("gelu", functional.gelu),
-    "ReLU": ("relu", functional.relu),
-}
 
 
 def find_feed_forward(module: nn.Module) -> FeedForward | None:
@@ -63,7 +51,7 @@ class Gated:
 
     def __init__(self, first: Projection, second: Projection, activation: Any) -> None:
         self._first, self._second, self._activation = first, second, activation
-        self._kind = _KINDS.get(type(activation).__name__, (None, None))[0]
+        self._kind = kind_of(activation)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         both = self._first(x)
@@ -78,7 +66,7 @@ class Plain:
 
     def __init__(self, first: Projection, second: Projection, activation: Any) -> None:
         self._first, self._second = first, second
-        self._activation = _KINDS.get(type(activation).__name__, (None, activation))[1]
+        self._activation = function_of(activation)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self._second(self._activation(self._first(x)), residual)
