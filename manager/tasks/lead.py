@@ -11,8 +11,9 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
+from manager.links import NextUnreachable
 from manager.options import ConnectionConfig
 from manager.output import Notices
 from manager.slurm.pipeline_job import PipelineJob
@@ -28,6 +29,7 @@ RETRY_S: Final = 0.2
 NOTHING_KEPT: Final = "nothing was begun"
 
 Notes = Mapping[int, TaskNote]
+Kind = TypeVar("Kind", bound=Error)
 
 
 class Lead:
@@ -127,7 +129,7 @@ class Lead:
                 await self._send_token(notes)
                 return notes, await look_at_nodes(notes, self._secret_file)
             except Error as exc:
-                notes = await self._after(exc)
+                notes = await self._after(exc, notes)
 
     async def _send_token(self, notes: Notes) -> None:
         """One token through all sections: only then is the pipeline ready."""
@@ -158,19 +160,31 @@ class Lead:
                     await self._batch(notes)
                 return notes
             except Error as exc:
-                notes = await self._after(exc)
+                notes = await self._after(exc, notes)
 
-    async def _after(self, exc: Error) -> Notes:
+    async def _after(self, exc: Error, notes: Notes) -> Notes:
         """Wait for the worker whose loss it tells of.
 
+        Args:
+            notes: where the sections were.
         Raises:
             Error: it tells of something else, or the worker does not come back in time.
         """
-        lost = _lost(exc)
+        lost = _cause(exc, WorkerLost)
+        if lost is None and _cause(exc, NextUnreachable):
+            lost = await self._gone(notes)
         if lost is None:
             raise exc
         say(f"{exc}; waiting for it to come back")
         return await self._come_back(lost)
+
+    async def _gone(self, notes: Notes) -> WorkerLost | None:
+        """The loss of one of the workers, if one does not answer here either."""
+        try:
+            await look_at_nodes(notes, self._secret_file)
+        except WorkerLost as exc:
+            return exc
+        return None
 
     async def _come_back(self, lost: WorkerLost) -> Notes:
         """Wait until all sections answer again.
@@ -278,11 +292,11 @@ def _late(ranks: Sequence[int], notes: Notes) -> str:
     return f"{', '.join(shown)} {verb}"
 
 
-def _lost(exc: Error) -> WorkerLost | None:
-    """The lost worker behind an error, if that is what it is."""
+def _cause(exc: Error, kind: type[Kind]) -> Kind | None:
+    """The error of that kind behind an error, or itself, if there is one."""
     found: BaseException | None = exc
     while found is not None:
-        if isinstance(found, WorkerLost):
+        if isinstance(found, kind):
             return found
         found = found.__cause__
     return None
