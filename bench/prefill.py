@@ -5,6 +5,10 @@
 One stream, one core and one thread a worker. One worker that holds all layers does the work of both
 stages one after the other; two workers take the chunks of the prompt in turns. The ratio of the two
 times is 2 where they overlap perfectly.
+
+The cut is even for decoding, which reads the lm_head at every step; a prompt needs that once, so
+the first stage has more to do. With n chunks it is busy for n of n + 1 turns, or a little more: its
+busy share says how near that is.
 """
 
 from __future__ import annotations
@@ -93,6 +97,7 @@ async def measure(
         spread=ratio_spread(runs.values(CASE, TWO, FIGURE), runs.values(CASE, ONE, FIGURE)),
         note="; ".join(runs.failures.values()),
     )
+    say(f"  {case}: stages busy {', '.join(f'{100 * it:.0f} %' for it in runs.busy(CASE, TWO))}")
     return row, runs
 
 
