@@ -117,7 +117,6 @@ def load_stage(
 
 
 def _make_some_stage(loader: _Loader, dtype: torch.dtype, asked: Asked) -> Stage:
-    huge_pages.new_mapping()  # no stage's memory waits for another's to be let go of
     make = partial(_make_stage, loader, dtype, asked)
     try:
         return make(feeds_token_ids=False)
@@ -140,6 +139,7 @@ def _make_stage(
     *,
     feeds_token_ids: bool,
 ) -> Stage:
+    huge_pages.new_mapping()  # no stage's memory waits for another's to be let go of
     checkpoint, architecture = loader.checkpoint, loader.architecture
     checkpoint.read_bytes = 0
     model = architecture.build(dtype, attention.ATTENTION_NAME)
