@@ -57,14 +57,17 @@ INLINE int64_t num_chunks(int format, int64_t cols) {
 enum { LISTED_BYTES = 8 };
 INLINE int64_t list_room(int64_t chunks) { return 2 * chunks + 8; }
 
-INLINE int64_t strip_bytes(int format, int64_t cols) {
-    int64_t chunks = num_chunks(format, cols);
+INLINE int64_t bytes_of_chunks(int format, int64_t chunks) {
     if (format == FORMAT_BF16) return chunks * BF16_CHUNK_BYTES;
     if (format == FORMAT_INT8) return INT8_HEAD_BYTES + chunks * INT8_CHUNK_BYTES;
     if (format == FORMAT_BF12)
         return BF12_HEAD_BYTES + chunks * BF12_CHUNK_BYTES +
                (list_room(chunks) * LISTED_BYTES + 63) / 64 * 64;
     return chunks * INT4_CHUNK_BYTES;
+}
+
+INLINE int64_t strip_bytes(int format, int64_t cols) {
+    return bytes_of_chunks(format, num_chunks(format, cols));
 }
 
 INLINE int64_t num_strips(int64_t rows) { return (rows + STRIP_ROWS - 1) / STRIP_ROWS; }

@@ -12,6 +12,7 @@
 
 /* Fewer tokens than this are AVX-512's. */
 enum { TILE_TOKENS_BF16 = 6 };
+
 TARGET_AMX static void enter(int format, int tokens) {
     int deep = format == FORMAT_INT4 ? 8 : 16; /* int4 has a scale every 8 x 4 columns */
     TileShapes shapes = {.palette = 1};
@@ -124,7 +125,7 @@ TARGET_AMX INLINE void bf12_sums(const uint8_t *const strips[], const int count,
         from[s] = strips[s] + BF12_HEAD_BYTES;
     }
     const int64_t end = chunks * BF12_CHUNK_BYTES;
-    const int64_t jump = count * strip_bytes(FORMAT_BF12, chunks * 32) - end;
+    const int64_t jump = count * bytes_of_chunks(FORMAT_BF12, chunks) - end;
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t chunk = -TILES_AHEAD; chunk < chunks; chunk++) {

@@ -55,14 +55,14 @@ TARGET_AMX INLINE void int8_sums(const uint8_t *const strips[], const int count,
             _mm512_store_ps(total[s][t], _mm512_set1_ps(x->shift[t]));
     }
 #define TOKENS(a) _tile_loadd(a, token, x->token_stride); token += x->chunk_stride;
-#define ONE(sum, s, a, b)                \
-    ask_for_chunk(weights[s], near, far);\
-    _tile_zero(sum);                     \
-    _tile_loadd(b, weights[s], 64);      \
-    _tile_dpbsud(sum, a, b);             \
+#define ONE(sum, s, a, b)                 \
+    ask_for_chunk(weights[s], near, far); \
+    _tile_zero(sum);                      \
+    _tile_loadd(b, weights[s], 64);       \
+    _tile_dpbsud(sum, a, b);              \
     weights[s] += INT8_CHUNK_BYTES;
     int64_t near = TILE_PREFETCH_BYTES, far = LATER_BYTES;
-    const int64_t end = INT8_HEAD_BYTES + x->chunks * INT8_CHUNK_BYTES, jump = (count - 1) * end;
+    const int64_t end = bytes_of_chunks(FORMAT_INT8, x->chunks), jump = (count - 1) * end;
     for (; chunk + at_once <= x->chunks; chunk += at_once) {
         const int64_t offset = chunk * INT8_CHUNK_BYTES;
         near = ahead_of(offset, TILE_PREFETCH_BYTES, end, jump);

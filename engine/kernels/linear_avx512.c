@@ -32,7 +32,7 @@ TARGET_AVX512 INLINE void int8_pass(const uint8_t *const strips[], const int cou
     const int64_t stride = x->token_stride, step = x->chunk_stride, chunks = x->chunks;
     const uint8_t *token = x->x + first * stride;
     const float *scale = x->scale + first;
-    const int64_t end = INT8_HEAD_BYTES + chunks * INT8_CHUNK_BYTES, jump = (count - 1) * end;
+    const int64_t end = bytes_of_chunks(FORMAT_INT8, chunks), jump = (count - 1) * end;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t offset = chunk * INT8_CHUNK_BYTES;
         const int64_t near = ahead_of(offset, NEAR_BYTES, end, jump);
@@ -80,7 +80,7 @@ TARGET_AVX512 INLINE void int4_pass(const uint8_t *const strips[], const int cou
     const uint8_t *token = x->x + first * stride;
     const float *scale = x->scale + first;
     const int32_t *offset = x->offset + first;
-    const int64_t end = chunks * INT4_CHUNK_BYTES, jump = (count - 1) * end;
+    const int64_t end = bytes_of_chunks(FORMAT_INT4, chunks), jump = (count - 1) * end;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t near = ahead_of(chunk * INT4_CHUNK_BYTES, NEAR_BYTES, end, jump);
         const int64_t far = ahead_of(chunk * INT4_CHUNK_BYTES, FAR_BYTES, end, jump);

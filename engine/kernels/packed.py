@@ -2,10 +2,9 @@
 
 The layout (linear.h) is one for all processors, so packed bytes can be kept on a disk. int8 has one
 scale for each row, int4 one for each 32 columns of a row, both symmetric; bf12 is bf16, exactly, in
-12 bits. The compiled kernels
-round what they multiply with: to bfloat16, where the processor multiplies that, or to 8 bits with a
-scale for each 64 values, for int8 and int4. Without the kernels, and on other devices, torch widens
-the weights each time. Knows no model and no checkpoint.
+12 bits. The compiled kernels round what they multiply with: to bfloat16, where the processor
+multiplies that, or to 8 bits with a scale for each 64 values, for int8 and int4. Without the
+kernels, and on other devices, torch widens the weights each time. Knows no model and no checkpoint.
 """
 
 from __future__ import annotations
